@@ -1,0 +1,349 @@
+"""Files that survive a stop: atomic writes, weights, and the resume state of one stage.
+
+Every file is written under a temporary name in its own folder, synced and renamed, so that a kill between
+any two system calls leaves the old file or the new one. Nothing is unpickled: weights are safetensors,
+resume state is read by ``torch.load(weights_only=True)`` after its SHA-256 has been checked.
+"""
+
+import csv
+import errno
+import fcntl
+import hashlib
+import io
+import json
+import math
+import os
+import shutil
+import signal
+import sys
+import uuid
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
+from glob import escape
+from pathlib import Path
+from types import FrameType
+from typing import TYPE_CHECKING, Any, Self
+from urllib.parse import quote
+
+from dynat.errors import UserError
+
+if TYPE_CHECKING:  # torch is imported where it is used: the CPU is pinned before it, and tables do without
+    from torch import Tensor
+
+ADVICE = {
+    errno.ENOSPC: "free space on that disk and start again",
+    errno.EDQUOT: "free some of your disk quota and start again",
+    errno.EROFS: "the file system is read-only; work in a folder that can be written",
+    errno.EACCES: "give yourself write permission there, or work in another folder",
+    errno.EPERM: "give yourself write permission there, or work in another folder",
+}
+DIGEST_BYTES = hashlib.sha256().digest_size
+SPACE_FACTOR = 3  # two generations and the one being written
+
+
+def write_atomically(path: Path, data: bytes) -> None:
+    """Replace ``path`` by ``data``, or leave it as it was and raise :class:`UserError` (disk, rights)."""
+    with _atomic(path) as file:
+        file.write(data)
+
+
+def write_json(path: Path, value: Any) -> None:
+    """Write ``value`` as JSON, keys in their order; a NaN or infinity in it is a :class:`UserError`."""
+    _refuse_not_finite(path, value)
+    text = json.dumps(value, indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(path, text.encode() + b"\n")
+
+
+def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
+    """Write ``rows`` as CSV, columns in order of appearance; a NaN or infinity is a :class:`UserError`."""
+    _refuse_not_finite(path, rows)
+    text = io.StringIO(newline="")
+    table = csv.DictWriter(text, list(dict.fromkeys(key for row in rows for key in row)), lineterminator="\n")
+    table.writeheader()
+    table.writerows(rows)
+    write_atomically(path, text.getvalue().encode())
+
+
+def save_weights(path: Path, state: Mapping[str, "Tensor"], metadata: Mapping[str, str]) -> None:
+    """Write a state dict and its metadata as safetensors, the same bytes for the same content."""
+    import torch
+    from safetensors.torch import save
+
+    plain = {
+        name: value.detach().cpu().clone(memory_format=torch.contiguous_format)
+        for name, value in state.items()
+    }
+    # One key, because safetensors writes several of them in a random order.
+    write_atomically(path, save(plain, {"dynat": json.dumps(dict(metadata), sort_keys=True)}))
+
+
+def load_weights(path: Path) -> tuple[dict[str, "Tensor"], dict[str, str]]:
+    """Read weights (on the CPU) and metadata; a file that is not what it says is a :class:`UserError`."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(path, framework="pt") as file:
+            state = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  not a dict
+            metadata = file.metadata() or {}
+        return state, dict(json.loads(metadata["dynat"])) if "dynat" in metadata else metadata
+    except FileNotFoundError as error:
+        raise UserError(f"{path}: no such file; run the training that writes it") from error
+    except (OSError, SafetensorError, TypeError, ValueError, RecursionError) as error:
+        reason = " ".join(str(error).split())
+        raise UserError(f"{path}: not a sound safetensors file ({reason}); write it anew") from error
+
+
+def sha256(path: Path) -> str:
+    """SHA-256 of a file's content, hexadecimal."""
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def code_hash(paths: Iterable[Path]) -> str:
+    """SHA-256 over names and contents of source files; neither their folder nor their order counts."""
+    return _digest(sorted([path.name, sha256(path)] for path in paths))
+
+
+def resume_key(parts: Mapping[str, str]) -> str:
+    """The name of a stage's resume state: SHA-256 of all that its bits depend on."""
+    return _digest(dict(parts))
+
+
+class ResumeStore:
+    """Resume state of one stage in ``$DVC_ROOT/.dvc/tmp/dynat/<key>/``, for one process at a time.
+
+    Use it in a ``with``; a second process is refused with the first one's pid. ``token`` is a random name
+    that the folder keeps from the first start until :meth:`clear`.
+    """
+
+    def __init__(self, key: str) -> None:
+        self.folder = Path(os.environ.get("DVC_ROOT", "")).resolve() / ".dvc" / "tmp" / "dynat" / key
+        self.token = ""
+        self._lock = -1
+        self._good: Path | None = None  # the newest generation known to be sound
+
+    def __enter__(self) -> Self:
+        with _explained(self.folder):
+            self._lock = _lock(self.folder / "lock")
+        token = self.folder / "token"
+        if not token.exists():
+            write_atomically(token, uuid.uuid4().hex.encode())
+        self.token = token.read_text()
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        os.close(self._lock)
+
+    def save(self, state: dict[str, Any]) -> None:
+        """Add a generation: tensors, numbers, strings, None, lists and dicts of them.
+
+        The generation before stays, older ones go once the new one has been read back. Raises
+        :class:`UserError`, which names the last good state, when there is no room for three of it.
+        """
+        numbers = [int(old.stem.removeprefix("state-")) for old in self._generations()]
+        path = self.folder / f"state-{max(numbers, default=0) + 1:08d}.pt"
+        last = f"the last good state is {self._good}" if self._good else "no earlier state was saved"
+        self.folder.mkdir(parents=True, exist_ok=True)  # whatever cleaned up around us
+        need, free = SPACE_FACTOR * _size(state), shutil.disk_usage(self.folder).free
+        if free < need:
+            room = f"{free >> 20} MiB are free, {need >> 20} MiB needed"
+            raise UserError(f"{path}: {room}; {ADVICE[errno.ENOSPC]}; {last}")
+        try:
+            _write_state(path, state)
+            _read_state(path)
+        except UserError as error:
+            raise UserError(f"{error}; {last}") from error
+        except DamagedError as error:
+            path.unlink()
+            raise UserError(f"{path}: cannot be read back ({error}); check that disk; {last}") from error
+        if self._good is not None:
+            for old in self._generations():
+                if old not in (path, self._good):
+                    old.unlink()
+        self._good = path
+
+    def load(self) -> dict[str, Any] | None:
+        """The newest sound generation, tensors on the CPU, or None; each damaged one is a line on stderr."""
+        for path in self._generations():
+            try:
+                state = _read_state(path)
+            except DamagedError as error:
+                print(f"{path}: damaged ({error}); going back one generation", file=sys.stderr)
+            else:
+                self._good = path
+                return state
+        return None
+
+    def save_piece(self, name: str, state: dict[str, Any]) -> None:
+        """Keep a finished part of the work, such as one attack on one chunk, under ``name``."""
+        _write_state(self._piece(name), state)
+
+    def load_piece(self, name: str) -> dict[str, Any] | None:
+        """The part kept under ``name``, or None if there is none or it is damaged (a line on stderr)."""
+        path = self._piece(name)
+        try:
+            return _read_state(path) if path.exists() else None
+        except DamagedError as error:
+            print(f"{path}: damaged ({error}); doing this part again", file=sys.stderr)
+            return None
+
+    def clear(self) -> None:
+        """Remove everything, once the stage's outputs are in place."""
+        for path in sorted(self.folder.iterdir()):  # the newest generation after the older ones
+            if path.name != "lock":
+                path.unlink()
+        (self.folder / "lock").unlink()
+        with suppress(OSError):  # the next process may have moved in
+            self.folder.rmdir()
+
+    def _generations(self) -> list[Path]:
+        return sorted(self.folder.glob(f"state-{8 * '[0-9]'}.pt"), reverse=True)
+
+    def _piece(self, name: str) -> Path:
+        return self.folder / f"piece-{quote(name, safe='')}.pt"
+
+
+class StopRequested:
+    """Whether, and by which signal, the process has been asked to stop."""
+
+    signal: int | None = None
+
+    @property
+    def requested(self) -> bool:
+        """True from the first SIGTERM or SIGINT on."""
+        return self.signal is not None
+
+
+@contextmanager
+def graceful_stop() -> Iterator[StopRequested]:
+    """Let SIGTERM and SIGINT only set ``requested``; a SIGINT after that raises ``KeyboardInterrupt``."""
+    stop = StopRequested()
+
+    def handle(signum: int, frame: FrameType | None) -> None:
+        if stop.requested and signum == signal.SIGINT:
+            raise KeyboardInterrupt
+        stop.signal = signum
+
+    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield stop
+    finally:
+        for signum, handler in before.items():
+            signal.signal(signum, handler)
+
+
+class DamagedError(Exception):
+    """A resume file is not what was written."""
+
+
+def _write_state(path: Path, state: dict[str, Any]) -> None:
+    import torch
+
+    with _atomic(path) as file:
+        torch.save(state, file)
+        file.seek(0)
+        file.write(hashlib.file_digest(file, "sha256").digest())  # behind the content, which it has just read
+
+
+def _read_state(path: Path) -> dict[str, Any]:
+    import torch
+
+    with _explained(path):
+        data = memoryview(path.read_bytes())
+    content, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
+    if hashlib.sha256(content).digest() != digest:
+        raise DamagedError("its SHA-256 does not fit")
+    try:
+        return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
+    except Exception as error:  # torch raises half a dozen types here
+        raise DamagedError(str(error).splitlines()[0]) from error
+
+
+@contextmanager
+def _atomic(path: Path) -> Iterator[io.BufferedRandom]:
+    """A file to write that takes the place of ``path`` when the block ends, and only if nothing failed."""
+    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    with _explained(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _sweep(path)
+        try:
+            with open(temporary, "w+b") as file:
+                yield file
+                file.flush()
+                os.fsync(file.fileno())
+            os.replace(temporary, path)
+        except BaseException:
+            temporary.unlink(missing_ok=True)
+            raise
+        folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            with suppress(OSError):  # some network file systems cannot sync a folder
+                os.fsync(folder)
+        finally:
+            os.close(folder)
+
+
+def _sweep(path: Path) -> None:
+    """Remove what killed processes left of their attempts to write ``path``."""
+    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
+        pid = left.name.split(".")[-2]
+        try:
+            os.kill(int(pid), 0)
+        except (ProcessLookupError, ValueError, OverflowError):
+            left.unlink(missing_ok=True)
+        except PermissionError:  # alive, someone else's
+            continue
+
+
+def _lock(path: Path) -> int:
+    """Open ``path`` and hold it locked; the lock goes with the process, however it ends."""
+    while True:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+        except FileNotFoundError:  # another process cleared the folder just now
+            continue
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.path.exists(path) and os.path.samestat(os.fstat(lock), os.stat(path)):
+                os.ftruncate(lock, 0)
+                os.write(lock, str(os.getpid()).encode())
+                return lock
+        except BlockingIOError as error:
+            pid = os.read(lock, 20).decode() or "unknown"
+            os.close(lock)
+            message = f"this stage already runs as process {pid}; wait for it or stop it ({path})"
+            raise UserError(message) from error
+        except BaseException:
+            os.close(lock)
+            raise
+        os.close(lock)
+
+
+@contextmanager
+def _explained(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        advice = ADVICE.get(error.errno or 0, "check that disk")
+        raise UserError(f"{path}: {error.strerror or error}; {advice}") from error
+
+
+def _refuse_not_finite(path: Path, value: Any, key: str = "") -> None:
+    """Raise for the first NaN or infinity in nested dicts and lists."""
+    if isinstance(value, float) and not math.isfinite(value):
+        raise UserError(f"{path}: not written, {key} is {value}; find out why before a number is published")
+    nested = value if isinstance(value, list | tuple) else ()
+    for name, item in value.items() if isinstance(value, dict) else enumerate(nested):
+        _refuse_not_finite(path, item, f"{key}.{name}" if key else str(name))
+
+
+def _size(value: Any) -> int:
+    """Bytes of the tensors in nested dicts and lists."""
+    nested = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
+    return sum(map(_size, nested)) + int(getattr(value, "nbytes", 0))
+
+
+def _digest(value: Any) -> str:
+    text = json.dumps(value, sort_keys=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode()).hexdigest()

@@ -1,0 +1,159 @@
+"""The attacks of an evaluation: per-sample verdicts and, for every broken sample, the evidence.
+
+Evaluation is float32 in eval mode. Constants and freezing as in the published evaluator (methods.md 3.4):
+a sample stays where it is as soon as it is misclassified, so it needs no further forward, and PGD-10, -20,
+-50 and -100 are read off one trajectory. A sample's random start depends on (seed, its index) alone:
+verdicts do not depend on the batch size.
+"""
+
+from collections.abc import Callable, Collection
+from dataclasses import dataclass
+
+import torch
+from pyautoattack.autopgd_base import APGDAttack
+from torch import Tensor, nn
+
+from dynat import attacks
+from dynat.data import to_unit
+from dynat.params import Attack
+
+
+@dataclass
+class Evidence:
+    """Outcome of an attack on n samples."""
+
+    robust: Tensor  # bool [n]
+    indices: Tensor  # int64 [b]: the samples that the attack broke although they are correct when clean
+    images: Tensor  # float32 [b,C,H,W]: a misclassified image in the ball for each of them
+
+
+def evaluate(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    spec: Attack,
+    which: Collection[str],
+    advance: Callable[[int], object],
+) -> dict[str, Evidence]:
+    """Attack ``network`` with ``which`` of fgsm, pgd (every PGD-k of ``spec``), cw and apgd-ce.
+
+    ``images`` uint8 [n,C,H,W], ``labels`` int64 [n]; ``advance(count)`` is called after each batch.
+    Returns the evidence of clean, fgsm, pgd<k>, cw and apgd-ce, in that order.
+    """
+    parts: dict[str, list[Evidence]] = {}
+    for first in range(0, len(images), spec.batch):
+        x, y = to_unit(images[first : first + spec.batch]), labels[first : first + spec.batch]
+        for name, evidence in _attack_batch(network, x, y, spec, which, first).items():
+            evidence.indices += first
+            parts.setdefault(name, []).append(evidence)
+        advance(len(x))
+    return {name: join(evidence) for name, evidence in parts.items()}
+
+
+def join(parts: list[Evidence]) -> Evidence:
+    """The evidence of consecutive batches as one."""
+    return Evidence(
+        torch.cat([part.robust for part in parts]),
+        torch.cat([part.indices for part in parts]),
+        torch.cat([part.images for part in parts]),
+    )
+
+
+def _attack_batch(
+    network: nn.Module, x: Tensor, y: Tensor, spec: Attack, which: Collection[str], first: int
+) -> dict[str, Evidence]:
+    clean = predict(network, x) == y
+    nothing = torch.zeros(0, dtype=torch.long, device=x.device)
+    found = {"clean": Evidence(clean, nothing, x[nothing])}
+    where = clean.nonzero().squeeze(1)
+    x, y = x[where], y[where]
+
+    def add(name: str, adversarial: Tensor, robust: Tensor) -> None:
+        flags = clean.clone()
+        flags[where] = robust
+        found[name] = Evidence(flags, where[~robust], adversarial[~robust])
+
+    start = attacks.uniform_start(x, spec.epsilon, sample_noise(x, spec.seed, first + where))
+    if "fgsm" in which:
+        adversarial = attacks.ascend(
+            network, attacks.cross_entropy(y), x, x, epsilon=spec.epsilon, step=spec.epsilon, steps=1
+        )
+        add("fgsm", adversarial, predict(network, adversarial) == y)
+    if "pgd" in which:
+        for k, adversarial, robust in pgd(network, x, y, start, spec, spec.pgd, attacks.cross_entropy):
+            add(f"pgd{k}", adversarial, robust)
+    if "cw" in which:
+        for _, adversarial, robust in pgd(network, x, y, start, spec, [spec.cw_steps], attacks.margin):
+            add("cw", adversarial, robust)
+    if "apgd-ce" in which:
+        adversarial = apgd(network, x, y, spec)
+        add("apgd-ce", adversarial, predict(network, adversarial) == y)
+    return found
+
+
+def pgd(
+    network: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    start: Tensor,
+    spec: Attack,
+    checkpoints: list[int],
+    objective: Callable[[Tensor], attacks.Loss],
+) -> list[tuple[int, Tensor, Tensor]]:
+    """Ascend ``objective(y)`` and report (k, x', robust [B]) after each k of ``checkpoints``.
+
+    Each verdict is that of an attack of k steps: broken samples are frozen and left out of later forwards.
+    """
+    adversarial = attacks.project(start, x, spec.epsilon)
+    robust = predict(network, adversarial) == y
+    reports = []
+    for step in range(1, max(checkpoints) + 1):
+        alive = robust.nonzero().squeeze(1)
+        if len(alive):
+            moved = attacks.ascend(
+                network,
+                objective(y[alive]),
+                x[alive],
+                adversarial[alive],
+                epsilon=spec.epsilon,
+                step=spec.step,
+                steps=1,
+            )
+            adversarial = adversarial.index_copy(0, alive, moved)
+            robust = robust.index_copy(0, alive, predict(network, moved) == y[alive])
+        if step in checkpoints:
+            reports.append((step, adversarial, robust))
+    return reports
+
+
+def apgd(network: nn.Module, x: Tensor, y: Tensor, spec: Attack) -> Tensor:
+    """APGD on the cross entropy, one restart (Croce and Hein 2020), the APGD column of Table 4."""
+    attack = APGDAttack(
+        network,
+        n_iter=spec.apgd_steps,
+        norm="Linf",
+        n_restarts=1,
+        eps=spec.epsilon,
+        seed=spec.seed,
+        loss="ce",
+        device=x.device,
+    )
+    return attacks.project(attack.perturb(x, y), x, spec.epsilon) if len(x) else x
+
+
+@torch.no_grad()
+def predict(network: nn.Module, x: Tensor) -> Tensor:
+    """Predicted classes int64 [B] of images float32 [B,C,H,W]; the network must be in eval mode."""
+    assert not network.training, "evaluation needs eval mode, or verdicts depend on the batch"
+    if not len(x):
+        return torch.zeros(0, dtype=torch.long, device=x.device)
+    return network(x).argmax(1)
+
+
+def sample_noise(x: Tensor, seed: int, indices: Tensor) -> Tensor:
+    """Uniform noise in [0,1) shaped like ``x``, each sample's from (seed, index), alike on every device."""
+    noise = torch.empty(x.shape)
+    for row, index in enumerate(indices.tolist()):
+        stream = torch.Generator().manual_seed((seed << 32) + index)
+        noise[row] = torch.rand(x.shape[1:], generator=stream)
+    return noise.to(x.device)

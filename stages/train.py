@@ -1,0 +1,140 @@
+"""Stage train: a recipe and a seed -> ``models/<setting>/<method>/<seed>/``.
+
+``target.safetensors`` and ``guide.safetensors`` are the weights of the epoch with the best held-out robust
+accuracy, ``*.last.safetensors`` those of the last epoch; ``history.csv`` has a row per epoch, ``trace.csv``
+the losses of the first steps.
+"""
+
+import json
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from tqdm import tqdm
+
+from dynat import environment
+from dynat.checkpoint import ResumeStore, graceful_stop, resume_key, save_weights, sha256, write_csv
+from dynat.stage import INTERRUPTED, Cell, RunRecord, cell, code_key, main
+from dynat.tracking import Tracker
+
+if TYPE_CHECKING:
+    from dynat.training import Training
+
+
+def stage() -> int:
+    """Train, resume where a stopped run left off, write the model folder at once."""
+    here = cell(__doc__ or "")
+    record = RunRecord("train", here)
+    environment.pin(here.study.machine)
+    tracker = Tracker(
+        here.setting,
+        f"{here.method}-{here.seed}",
+        tags={"stage": "train"},
+        params={**here.params.recipe(here.setting, here.method).model_dump(), "seed": here.seed},
+    )
+    training, metadata, key = _set_up(here)
+    with ResumeStore(key) as store, graceful_stop() as stop:
+        tracker.begin(store.token)
+        if state := store.load():
+            training.restore(state["training"])
+            record.values["resumed_from_epoch"] = training.progress.epoch
+            print(f"resumed after epoch {training.progress.epoch - 1}")
+
+        def after_epoch(row: dict[str, float]) -> None:
+            store.save({"training": training.state()})
+            tracker.metrics(int(row["epoch"]), {k: v for k, v in row.items() if k != "epoch"})
+            print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
+
+        def watch(batches: Iterator[Any], count: int) -> Iterator[Any]:
+            label = f"{here.setting} {here.method} epoch {training.progress.epoch + 1}"
+            yield from tqdm(batches, label, count, leave=False, disable=not sys.stderr.isatty())
+
+        if not training.run(after_epoch, lambda: stop.requested, watch):
+            tracker.finish("KILLED")
+            print(f"stopped; epoch {training.progress.epoch} starts again at the next run", file=sys.stderr)
+            return INTERRUPTED
+        _write(here.path("models"), training, metadata)
+        store.clear()
+    model = sha256(here.path("models") / "target.safetensors")
+    tracker.tags({"model.sha256": model})
+    run_id = tracker.finish()
+    record.write(**environment.record(training.engine.device), model_sha256=model, mlflow_run_id=run_id)
+    return 0
+
+
+def _set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
+    """The training before its first step, the metadata of its weights and its resume key."""
+    import torch
+
+    from dynat.data import load
+    from dynat.estimate import multiply_adds_per_image, refuse_days_on_cpu
+    from dynat.networks import build
+    from dynat.step import Engine
+    from dynat.training import Training
+
+    study, recipe = here.study, here.params.recipe(here.setting, here.method)
+    device = environment.device_of(study.machine)
+    source = Path("data", f"{here.setting}.safetensors")
+    data = load(source, device)
+    shape = tuple(data.train_images.shape[1:])
+    specs = {"target": study.target, "guide": study.guide} if recipe.needs_guide else {"target": study.target}
+    torch.manual_seed(here.seed)
+    networks, metadata = {}, {}
+    for name, spec in specs.items():
+        options: dict[str, Any] = {
+            "name": spec.name,
+            "num_classes": study.data.classes,
+            "in_channels": shape[0],
+        }
+        options |= spec.options
+        if recipe.normalise and study.train.mean is not None:
+            options |= {"mean": study.train.mean, "std": study.train.std}
+        networks[name] = build(**options).to(device).to(memory_format=torch.channels_last)
+        metadata[name] = json.dumps(options, sort_keys=True)
+    target, guide = networks["target"], networks.get("guide")
+    if device.type == "cpu" and study.machine.device == "auto":
+        work = multiply_adds_per_image(recipe, target, guide, shape)  # type: ignore[arg-type]
+        refuse_days_on_cpu(here.setting, work * len(data.train_images) * recipe.schedule.epochs, device)
+    precision = torch.float32
+    if study.train.precision == "bf16" or (study.train.precision == "auto" and environment.fast_bf16(device)):
+        precision = torch.bfloat16
+    key = resume_key(
+        {
+            "recipe": recipe.model_dump_json(),
+            "train": study.train.model_dump_json(),
+            "networks": json.dumps(metadata),
+            "seed": str(here.seed),
+            "data": sha256(source),
+            "code": code_key(),
+            **environment.fingerprint(device),
+        }
+    )
+    return Training(Engine(recipe, target, guide, precision), study.train, data, here.seed), metadata, key
+
+
+def _write(folder: Path, training: "Training", metadata: dict[str, str]) -> None:
+    """Write the model folder under a temporary name and rename it: it is there whole or not at all."""
+    progress = training.progress
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    for name, network in training.networks.items():
+        last = {key: value.detach().cpu() for key, value in network.state_dict().items()}
+        for suffix, weights, epoch in (
+            ("", progress.best[name], progress.best_epoch),
+            (".last", last, progress.epoch - 1),
+        ):
+            save_weights(
+                partial / f"{name}{suffix}.safetensors",
+                weights,
+                {"network": metadata[name], "epoch": str(epoch)},
+            )
+    write_csv(partial / "history.csv", progress.history)
+    write_csv(partial / "trace.csv", progress.trace)
+    shutil.rmtree(folder, ignore_errors=True)
+    partial.rename(folder)
+
+
+if __name__ == "__main__":
+    main(stage)

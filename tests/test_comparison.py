@@ -1,0 +1,82 @@
+"""The paper's tables keep every row and set what was reproduced beside the published value."""
+
+import json
+import re
+from pathlib import Path
+
+from synthetic import COUNTS, files, params, raised, records, recount, write
+
+
+def paper_rows(markdown: str) -> list[list[str]]:
+    """The rows of a paper table, without marks."""
+    lines = [line for line in markdown.splitlines() if line.startswith("|")][2:]
+    return [[re.sub("[ᵃ-ᶻ ]+$", "", text.strip()) for text in line.strip("|").split("|")] for line in lines]
+
+
+def test_paper_table_keeps_every_row_and_shows_what_was_reproduced(tmp_path: Path) -> None:
+    setting = "cifar10_wrn34_10"
+    write(tmp_path, "dynat", COUNTS, setting=setting, aa={40: 27})
+    found = files(params(["trades"], ["dynat"], settings=(setting,)), tmp_path)
+    table = paper_rows(found["metrics/tables/table1.md"])
+    assert [row[0] for row in table if row[1] == "paper"][:3] == ["PGD-AT", "TRADES", "MART"]
+    assert sum(row[1] == "paper" for row in table) == sum(row[1] == "here" for row in table) == 11
+    first = next(i for i, row in enumerate(table) if row[0] == "DYNAT")
+    assert table[first] == ["DYNAT", "paper", "89.16", "52.88", "51.78", "51.49", "50.88", "49.20", "51.25"]
+    assert [text.split(" ")[0] for text in table[first + 1][2:]] == [
+        "97.00",
+        "76.00",
+        "74.00",
+        "73.00",
+        "71.00",
+        "67.50",
+        "72.30",
+    ]
+    assert table[first + 2][1:] == [
+        "difference",
+        "+7.84",
+        "+23.12",
+        "+22.22",
+        "+21.51",
+        "+20.12",
+        "+18.30",
+        "+21.05",
+    ]
+    trades = next(i for i, row in enumerate(table) if row[0] == "TRADES")
+    assert table[trades + 1][1:] == ["here", "", "", "", "", "", "", ""]
+    assert table[trades + 2][0] == "MART"
+    cell = json.loads(found["metrics/tables/cells.json"])["table1/DYNAT/aa"]
+    assert (cell["published"], cell["difference"], cell["text"][:5]) == ("49.20", "+18.30", "67.50")
+    assert recount(tmp_path, cell["sources"][0]) == (0, 67.5)
+
+
+def test_doubtful_published_values_carry_their_reason(tmp_path: Path) -> None:
+    found = files(params(["trades"], []), tmp_path)
+    text = found["metrics/tables/table1.md"]
+    assert raised(text, "copied, not run by the authors") in next(
+        line.split("|")[1] for line in text.splitlines() if "TRADES" in line
+    )
+    dynat = next(line for line in text.splitlines() if line.startswith("| DYNAT "))
+    assert f"49.20{raised(text, 'only the first 1,000 test images')}" in dynat
+    csv_rows = records(found["metrics/tables/table1.csv"])
+    assert {row["attack"]: row["doubtful"] for row in csv_rows if row["method"] == "DYNAT"} == {
+        **dict.fromkeys(("clean", "pgd10", "pgd20", "pgd50", "cw"), ""),
+        **dict.fromkeys(("aa", "all"), "yes"),
+    }
+    assert len(csv_rows) == 77
+
+
+def test_table_3_has_both_targets_of_the_same_method(tmp_path: Path) -> None:
+    for setting, more in (("cifar10_wrn34_10", 0), ("cifar10_resnet18", -20)):
+        write(tmp_path, "gairat", {k: v + more for k, v in COUNTS.items()}, setting=setting, aa={40: 27})
+    found = files(params(["gairat"], [], settings=("cifar10_wrn34_10", "cifar10_resnet18")), tmp_path)
+    cells = json.loads(found["metrics/tables/cells.json"])
+    assert cells["table3/WRN-34-10/GAIRAT/pgd20"]["text"].startswith("74.00")
+    assert cells["table3/ResNet-18/GAIRAT/pgd20"]["text"].startswith("54.00")
+    assert cells["table4/GAIRAT/apgd-ce"]["text"].startswith("50.00")
+
+
+def test_unselected_settings_fill_no_cell(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, setting="cifar10_wrn34_10", aa={40: 27})
+    found = files(params(["pgd_at"], []), tmp_path)
+    assert json.loads(found["metrics/tables/cells.json"]) == {}
+    assert "settings=[cifar10_wrn34_10]" in found["metrics/tables/table1.md"]

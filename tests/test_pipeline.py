@@ -1,0 +1,158 @@
+"""The pipeline as a user runs it: real ``dvc`` in a copy of the repository, on a smaller selection."""
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import yaml
+
+ROOT = Path(__file__).parents[1]
+SMALL = {  # a quarter of a minute instead of minutes; the same code and stages
+    "settings": ["digits"],
+    "baselines": ["pgd_at"],
+    "variants": ["dynat"],
+    "study.digits.train.epochs": 1,
+    "study.digits.train.steps": 2,
+    "study.digits.data.test": 20,
+    "study.digits.attack.pgd": [10, 20],
+    "study.digits.attack.apgd_steps": 5,
+    "study.digits.autoattack.n": [2],
+    "study.digits.autoattack.batch": 2,
+}
+pytestmark = pytest.mark.slow
+
+
+def copy(folder: Path) -> Path:
+    """A clean Git clone of the working tree, without outputs, cache or MLflow store."""
+    folder.mkdir()
+    listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
+    files = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
+    for name in filter(None, files):
+        if not name.startswith("metrics/") and name != "dvc.lock" and (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    for path, value in SMALL.items():
+        *parents, last = path.split(".")
+        section = params
+        for parent in parents:
+            section = section[parent]
+        section[last] = value
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
+        subprocess.run([*git, *command], cwd=folder, check=True)
+    return folder
+
+
+def dvc(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    """Run this interpreter's dvc in ``folder``."""
+    scripts = str(Path(sys.executable).parent)
+    path = scripts + os.pathsep + os.environ["PATH"]
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
+    command = [sys.executable, "-m", "dvc", *arguments]
+    return subprocess.run(
+        command,
+        cwd=folder,
+        env={**kept, "PATH": path, **environment},
+        capture_output=True,
+        text=True,
+        timeout=900,
+    )
+
+
+def stages_run(result: subprocess.CompletedProcess[str]) -> set[str]:
+    """Names of the stages whose command was run."""
+    lines = result.stdout.splitlines()
+    return {line.split("'")[1] for line in lines if line.startswith("Running stage")}
+
+
+@pytest.fixture(scope="module")
+def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = copy(tmp_path_factory.mktemp("pipeline") / "repository")
+    result = dvc(folder, "repro")
+    assert result.returncode == 0, result.stdout + result.stderr
+    return folder
+
+
+def test_two_runs_give_the_same_lock_and_metrics_to_the_byte(repository: Path, tmp_path: Path) -> None:
+    again = copy(tmp_path / "again")
+    result = dvc(again, "repro")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert (again / "dvc.lock").read_bytes() == (repository / "dvc.lock").read_bytes()
+    produced = [
+        path.relative_to(repository)
+        for path in sorted((repository / "metrics").rglob("*"))
+        if path.is_file() and "runs" not in path.parts
+    ]
+    assert len(produced) > 8
+    for name in produced:
+        assert (again / name).read_bytes() == (repository / name).read_bytes(), name
+
+
+def test_a_second_repro_runs_nothing(repository: Path) -> None:
+    result = dvc(repository, "repro")
+    assert result.returncode == 0
+    assert stages_run(result) == set()
+
+
+def test_table_holds_a_number_for_every_selected_method(repository: Path) -> None:
+    table = (repository / "metrics/tables/digits.csv").read_text()
+    assert "pgd_at" in table
+    assert "dynat" in table
+    cells = json.loads((repository / "metrics/tables/cells.json").read_text())
+    assert {"digits/pgd_at/0/aa", "digits/dynat/0/aa", "digits/dynat/0/pgd20"} <= set(cells)
+
+
+def test_alpha_reruns_the_dynat_family_and_the_tables_and_nothing_else(repository: Path) -> None:
+    result = dvc(repository, "exp", "run", "-S", "alpha=0.5")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert stages_run(result) == {
+        "check",  # reads params.yaml, changes nothing
+        "train_dynat@digits-dynat-0",
+        "attack_dynat@digits-dynat-0",
+        "autoattack_dynat@digits-dynat-0",
+        "tabulate",
+    }
+
+
+def test_mlflow_holds_a_finished_run_of_every_stage_with_the_models_hash(repository: Path) -> None:
+    from mlflow.tracking import MlflowClient
+
+    client = MlflowClient(f"sqlite:///{repository / 'mlflow.db'}")
+    experiment = client.get_experiment_by_name("digits")
+    assert experiment is not None
+    runs = client.search_runs([experiment.experiment_id])
+    finished = {(run.info.run_name, run.data.tags["stage"]) for run in runs if run.info.status == "FINISHED"}
+    for method in ("pgd_at-0", "dynat-0"):
+        for stage in ("train", "attack", "autoattack"):
+            assert (method, stage) in finished
+    assert all(len(run.data.tags["model.sha256"]) == 64 for run in runs)
+
+
+@pytest.mark.parametrize(
+    ("override", "key"),
+    [
+        ("alpha=abc", "alpha"),
+        ("alpha=-1", "alpha"),
+        ("variants=[dynatt]", "variants"),
+        ("study.digits.train.epsilon=1.5", "study.digits.train.epsilon"),
+        ("study.digits.train.batch=5000", "study.digits.train.batch"),
+    ],
+)
+def test_bad_input_is_one_line_that_names_the_key_and_nothing_is_overwritten(
+    repository: Path, override: str, key: str
+) -> None:
+    before = (repository / "metrics/tables/digits.csv").read_bytes()
+    result = dvc(repository, "exp", "run", "--temp", "-S", override)
+    assert result.returncode != 0
+    output = result.stdout + result.stderr
+    assert "Traceback" not in output
+    faults = [line for line in output.splitlines() if line.startswith("error: ")]
+    assert len(faults) == 1
+    assert key in faults[0]
+    assert (repository / "metrics/tables/digits.csv").read_bytes() == before

@@ -1,0 +1,195 @@
+"""Tables print what the verdicts count, keep what was not run, and refuse or mark what would mislead."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from synthetic import COUNTS, binary, files, hexadecimal, params, put, raised, records, rows, stated, write
+
+from dynat.errors import UserError
+from dynat.tables import Count, printed, radius
+from dynat.tabulation import tabulate
+
+# ----------------------------------------------------------------------------------------- what is printed
+
+
+def test_one_seed_prints_accuracy_and_wilson_interval_of_its_verdicts(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    row = rows(text)["pgd_at"]
+    for column, (robust, n) in {"Clean": (97, 100), "PGD-20": (74, 100), "AA": (27, 40)}.items():
+        expected = stated(robust, n)
+        assert row[column] == f"{100 * robust / n:.2f} [{expected['low']:.1f}, {expected['high']:.1f}]"
+    assert "Clean (n=100)" in text
+    assert "AA (n=40)" in text
+    assert "ε = 8/255" in text
+
+
+def test_several_seeds_print_mean_and_sample_standard_deviation(tmp_path: Path) -> None:
+    for seed, extra in enumerate((0, 3, 4)):
+        write(
+            tmp_path, "pgd_at", {k: v - 5 + extra for k, v in COUNTS.items()}, seed=seed, aa={40: 20 + extra}
+        )
+    text = files(params(["pgd_at"], [], (0, 1, 2)), tmp_path)["metrics/tables/toy.md"]
+    pgd20, aa = [69, 72, 73], [50.0, 57.5, 60.0]
+    assert rows(text)["pgd_at"]["PGD-20"] == f"{statistics.mean(pgd20):.2f} ± {statistics.stdev(pgd20):.2f}"
+    assert rows(text)["pgd_at"]["AA"] == f"{statistics.mean(aa):.2f} ± {statistics.stdev(aa):.2f}"
+
+
+def test_all_is_the_mean_of_the_papers_five_attacks(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    assert rows(text)["pgd_at"]["All"] == f"{(76 + 74 + 73 + 71 + 67.5) / 5:.2f}"
+
+
+def test_all_stays_empty_until_every_attack_was_run(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    row = rows(files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"])["pgd_at"]
+    assert row["All"] == row["AA"] == ""
+    assert row["C&W"] != ""
+
+
+def test_last_epoch_stands_in_a_table_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, last=6)
+    row = rows(files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"], 1)["pgd_at"]
+    assert row["Clean, last"].startswith("91.00 ")
+    assert row["PGD-20, last"].startswith("68.00 ")
+    assert row["Epoch"] == "1 / 2"
+
+
+def test_a_row_not_run_stays_empty_in_its_place(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
+    write(tmp_path, "dynat", COUNTS, aa={40: 27})
+    found = files(params(["pgd_at", "trades"], ["dynat"]), tmp_path)
+    table = rows(found["metrics/tables/toy.md"])
+    assert list(table) == ["pgd_at", "trades", "dynat"]
+    assert set(table["trades"].values()) == {"trades", ""}
+    empty = [row for row in records(found["metrics/tables/toy.csv"]) if row["method"] == "trades"]
+    assert len(empty) == 10
+    assert not any(row["accuracy"] or row["cell"] for row in empty)
+
+
+def test_nothing_run_at_all_still_gives_every_table(tmp_path: Path) -> None:
+    found = files(params(["pgd_at"], ["dynat"]), tmp_path)
+    assert list(rows(found["metrics/tables/toy.md"])) == ["pgd_at", "dynat"]
+    assert json.loads(found["metrics/tables/cells.json"]) == {}
+    assert found["metrics/plots/training.csv"].startswith("setting,method,seed,epoch,")
+
+
+def test_autoattack_on_more_samples_gets_a_column_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27, 80: 50})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    head = next(line for line in text.splitlines() if line.startswith("| Method"))
+    assert re.findall(r"AA \(n=\d+\)", head) == ["AA (n=40)", "AA (n=80)"]
+    assert "62.50 [" in text
+
+
+@pytest.mark.parametrize(("epsilon", "text"), [(8 / 255, "8/255"), (0.031, "0.031"), (0.15, "0.15")])
+def test_epsilon_is_written_as_people_write_it(epsilon: float, text: str) -> None:
+    assert radius(epsilon) == text
+
+
+def test_seeds_with_unequal_attacks_are_no_average() -> None:
+    with pytest.raises(ValueError, match="unequal"):
+        printed([Count(0, 5, 10), Count(0, 6, 10), Count(1, 5, 10)])
+
+
+# ------------------------------------------------------------------------------------- what must not mislead
+
+
+def test_autoattack_warning_and_mixed_precision_become_footnotes(tmp_path: Path) -> None:
+    write(tmp_path, "trades", COUNTS, aa={40: 27})
+    odd = {"warnings": ["zero gradient"], "precision": "mixed"}
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27}, autoattack=odd)
+    text = files(params(["pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
+    for note in ("AutoAttack warned: zero gradient", "bf16"):
+        assert raised(text, note) in rows(text)["pgd_at"]["AA"]
+    assert rows(text)["trades"]["AA"].endswith("]")
+    assert rows(text)["pgd_at"]["PGD-20"].endswith("]")
+
+
+@pytest.mark.parametrize(
+    ("odd", "note"),
+    [
+        ({"n": 50}, "n = 50 test images, unlike the rest"),
+        ({"attack": {"epsilon": 0.031}}, "ε = 0.031, unlike the rest"),
+        ({"attack": {"attack_seed": 7}}, "attack seed 7, unlike the rest"),
+    ],
+)
+def test_a_number_unlike_its_column_is_marked(tmp_path: Path, odd: dict[str, object], note: str) -> None:
+    for method in ("pgd_at", "trades"):
+        write(tmp_path, method, COUNTS)
+    write(tmp_path, "mart", dict.fromkeys(COUNTS, 40), **odd)  # type: ignore[arg-type]
+    text = files(params(["mart", "pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
+    mark = raised(text, note)
+    assert all(value.endswith(mark) for key, value in rows(text)["mart"].items() if value and key != "Method")
+    assert not any(mark in value for value in rows(text)["trades"].values())
+
+
+def test_a_failed_sanity_check_is_marked_at_the_method(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    checks = {"monotone in epsilon": {"passed": False}, "split": {"passed": True}}
+    put(tmp_path / "metrics/sanity/toy/pgd_at/0.json", {"checks": checks, "passed": False})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    assert list(rows(text)) == ["pgd_at" + raised(text, "sanity check failed: monotone in epsilon")]
+    assert "split" not in text
+
+
+def test_seeds_that_are_missing_are_named(tmp_path: Path) -> None:
+    for seed in (0, 2):
+        write(tmp_path, "pgd_at", COUNTS, seed=seed)
+    text = files(params(["pgd_at"], [], (0, 1, 2)), tmp_path)["metrics/tables/toy.md"]
+    assert rows(text)["pgd_at"]["Clean"] == "97.00 ± 0.00" + raised(text, "training seed 0, 2 only")
+
+
+def test_autoattack_of_other_weights_is_refused_with_both_files(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27}, autoattack={"model_sha256": "other"})
+    with pytest.raises(UserError, match="other weights") as fault:
+        tabulate(params(["pgd_at"], []), tmp_path)
+    message = str(fault.value)
+    assert "metrics/autoattack/toy/pgd_at/0.json" in message
+    assert "metrics/attack/toy/pgd_at/0.json" in message
+    assert "dvc repro" in message
+    assert "\n" not in message
+
+
+def test_a_metric_that_its_verdicts_do_not_count_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    path = tmp_path / "metrics/attack/toy/pgd_at/0.json"
+    metrics = json.loads(path.read_text())
+    metrics["best"]["pgd20"]["accuracy"] += 1
+    put(path, metrics)
+    with pytest.raises(
+        UserError, match=r"metrics/attack/toy/pgd_at/0.json: best/pgd20 says 75.0 .* count 74.0 "
+    ):
+        tabulate(params(["pgd_at"], []), tmp_path)
+
+
+def test_one_changed_verdict_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    path = tmp_path / "metrics/attack/toy/pgd_at/0.verdicts.json"
+    verdicts = json.loads(path.read_text())
+    flags = binary(verdicts["best"]["cw"]["robust"], 100)
+    verdicts["best"]["cw"]["robust"] = hexadecimal([False, *flags[1:]])
+    put(path, verdicts)
+    with pytest.raises(UserError, match="best/cw says"):
+        tabulate(params(["pgd_at"], []), tmp_path)
+
+
+def test_metrics_without_verdicts_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    (tmp_path / "metrics/attack/toy/pgd_at/0.verdicts.json").unlink()
+    with pytest.raises(UserError, match=r"0.verdicts.json: missing"):
+        tabulate(params(["pgd_at"], []), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"epsilon": 1}', '{"model_sha256": "a", "best": 3}'])
+def test_metrics_that_no_stage_wrote_are_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "metrics/attack/toy/pgd_at/0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(UserError, match="toy/pgd_at/0") as fault:
+        tabulate(params(["pgd_at"], []), tmp_path)
+    assert "\n" not in str(fault.value)
