@@ -8,6 +8,8 @@ depends on seed and batch, so both are parameters and chunks are cut by index.
 import logging
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
+from typing import Any
 
 import torch
 from pyautoattack import AutoAttack as Package
@@ -17,13 +19,20 @@ from dynat.attacks import project
 from dynat.data import to_unit
 from dynat.evaluation import Evidence, join, predict
 from dynat.params import AutoAttack
+from dynat.workers import share
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 SQUARE_GAIN = 0.002  # the package's own threshold for "Square attack improves on white-box attacks"
-Piece = dict[str, object]
+
+
+class StoppedError(Exception):
+    """A signal asked to leave between two pieces."""
+
+
+Piece = dict[str, Any]
 LoadPiece = Callable[[str], Piece | None]
 SavePiece = Callable[[str, Piece], None]
-Notify = Callable[[str, int, int], None]  # attack, samples done, samples in all
+Notify = Callable[[str], None]
 
 
 def run(
@@ -35,34 +44,49 @@ def run(
     load: LoadPiece,
     save: SavePiece,
     notify: Notify,
-) -> tuple[dict[str, Evidence], list[str]]:
+    stopped: Callable[[], bool],
+) -> tuple[dict[str, Evidence], list[str]] | None:
     """Attack ``network`` on uint8 ``images`` [n,C,H,W]; returns cumulative evidence and the warnings.
 
     The evidence "clean" and then one per attack of the standard ensemble: samples robust to it and to all
-    before it. ``load`` and ``save`` keep finished pieces by name, ``notify(attack, done, n)`` is called
-    after each.
+    before it. ``load`` and ``save`` keep finished pieces by name, ``notify(what)`` is called after each.
+    Returns None if ``stopped`` asked to leave; on a CPU several chunks run at once and stop at once.
     """
     package = Package(
         network, norm="Linf", eps=spec.epsilon, seed=spec.seed, version="standard", device=images.device
     )
-    found: dict[str, list[Evidence]] = {name: [] for name in ("clean", *STANDARD)}
-    warnings: list[str] = []
-    for first in range(0, len(images), spec.batch):
+
+    def chunk(first: int, say: Notify) -> tuple[dict[str, Evidence], list[str]]:
+        """All pieces of the chunk that begins at ``first``, from the store where they are there."""
         x, y = to_unit(images[first : first + spec.batch]), labels[first : first + spec.batch]
         nothing = torch.zeros(0, dtype=torch.long, device=x.device)
         evidence = Evidence(predict(network, x) == y, nothing, x[nothing])
-        found["clean"].append(_shifted(evidence, first))
+        steps: dict[str, Evidence] = {"clean": evidence}
+        warnings: list[str] = []
         for attack in STANDARD:
             name = f"{attack}-{first}"
             piece = load(name)
             if piece is None:
+                if stopped():
+                    raise StoppedError
                 piece = _run_piece(package, attack, x, y, evidence.robust, spec)
                 save(name, piece)
-            evidence = _add(evidence, piece)
-            found[attack].append(_shifted(evidence, first))
-            warnings += [w for w in piece["warnings"] if w not in warnings]  # type: ignore[attr-defined]
-            notify(attack, min(first + spec.batch, len(images)), len(images))
-    joined = {name: join(parts) for name, parts in found.items()}
+                say(f"{attack} {min(first + spec.batch, len(images))}/{len(images)}")
+            evidence = steps[attack] = _add(evidence, piece)
+            warnings += piece["warnings"]
+        return {name: _shifted(each, first) for name, each in steps.items()}, warnings
+
+    firsts = range(0, len(images), spec.batch)
+    try:
+        if images.device.type == "cpu" and spec.workers > 1:
+            work = [partial(chunk, first) for first in firsts]
+            if not share(work, spec.workers, notify, stopped):
+                return None
+        parts = [chunk(first, notify) for first in firsts]
+    except StoppedError:
+        return None
+    joined = {name: join([part[name] for part, _ in parts]) for name in ("clean", *STANDARD)}
+    warnings = list(dict.fromkeys(warning for _, warned in parts for warning in warned))
     before, after = (joined[name].robust.float().mean().item() for name in ("fab-t", "square"))
     if before - after > SQUARE_GAIN:
         points = 100 * (before - after)
@@ -87,8 +111,6 @@ def _run_piece(
 
 def _add(evidence: Evidence, piece: Piece) -> Evidence:
     broken, images = piece["broken"], piece["images"]
-    assert isinstance(broken, Tensor)
-    assert isinstance(images, Tensor)
     device = evidence.robust.device
     robust = evidence.robust.clone()
     robust[broken.to(device)] = False

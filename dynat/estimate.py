@@ -3,27 +3,47 @@
 import time
 
 import torch
-from torch import nn
 
 from dynat.errors import UserError
-from dynat.networks import multiply_adds
+from dynat.networks import build, multiply_adds
+from dynat.params import Study
 from dynat.recipes import Recipe
 
 LIMIT_HOURS = 12.0  # longer than this on a CPU is a mistake unless ``machine.device=cpu`` insists
 
 
-def multiply_adds_per_image(
-    recipe: Recipe, target: nn.Module, guide: nn.Module | None, shape: tuple[int, int, int]
-) -> int:
+def refuse_days_on_cpu(setting: str, study: Study, recipe: Recipe, device: torch.device) -> None:
+    """Raise :class:`UserError` if a training would keep this CPU busy for longer than ``LIMIT_HOURS``.
+
+    Nothing is refused where ``machine.device=cpu`` insists, or where only the data can tell their size.
+    """
+    shape, count = study.data.image_shape, study.data.training_images
+    if device.type != "cpu" or study.machine.device != "auto" or shape is None or count is None:
+        return
+    work = multiply_adds_per_image(study, recipe, shape) * count * recipe.schedule.epochs
+    hours = work / measured_peak(device) / 3600
+    if hours > LIMIT_HOURS:
+        raise UserError(
+            f"{setting}: no accelerator here, and this CPU would train for at least {hours / 24:.1f} days; "
+            f"run it on a GPU, or insist with -S study.{setting}.machine.device=cpu"
+        )
+
+
+def multiply_adds_per_image(study: Study, recipe: Recipe, shape: tuple[int, int, int]) -> int:
     """Multiply-adds of one training image: a backward to the input costs one forward, a full one two."""
-    forwards = 2 * recipe.inner.steps + 3  # inner forwards and backwards, then the training forward
+    forwards = 2 * recipe.inner.steps + 3  # inner forwards and backwards, then the training step
     forwards += recipe.inner.loss == "kl"
     if recipe.outer.natural_ce or recipe.outer.beta > 0:
         forwards += 3
     if recipe.awp is not None:
         forwards += 3 * (1 + (recipe.awp.objective.beta > 0))
+    classes, channels = study.data.classes, shape[0]
+    target = build(study.target.name, classes, channels, **study.target.options)
     total = forwards * multiply_adds(target, shape)
-    return total + (3 * multiply_adds(guide, shape) if guide is not None else 0)
+    if recipe.needs_guide:
+        guide = build(study.guide.name, classes, channels, **study.guide.options)
+        total += 3 * multiply_adds(guide, shape)
+    return total
 
 
 def measured_peak(device: torch.device, size: int = 1024) -> float:
@@ -36,13 +56,3 @@ def measured_peak(device: torch.device, size: int = 1024) -> float:
         a @ a
         seconds.append(time.perf_counter() - start)
     return size**3 / min(seconds)
-
-
-def refuse_days_on_cpu(setting: str, total: float, device: torch.device) -> None:
-    """Raise :class:`UserError` if ``total`` multiply-adds would keep this CPU busy for too long."""
-    hours = total / measured_peak(device) / 3600
-    if hours > LIMIT_HOURS:
-        raise UserError(
-            f"{setting}: no accelerator here, and this CPU would train for at least {hours / 24:.1f} days; "
-            f"run it on a GPU, or insist with -S study.{setting}.machine.device=cpu"
-        )

@@ -6,6 +6,7 @@ a sample stays where it is as soon as it is misclassified, so it needs no furthe
 verdicts do not depend on the batch size.
 """
 
+import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 
@@ -154,6 +155,7 @@ def sample_noise(x: Tensor, seed: int, indices: Tensor) -> Tensor:
     """Uniform noise in [0,1) shaped like ``x``, each sample's from (seed, index), alike on every device."""
     noise = torch.empty(x.shape)
     for row, index in enumerate(indices.tolist()):
-        stream = torch.Generator().manual_seed((seed << 32) + index)
+        digest = hashlib.sha256(f"{seed} {index}".encode()).digest()  # torch reads 32 bits of a CPU seed
+        stream = torch.Generator().manual_seed(int.from_bytes(digest[:4], "big"))
         noise[row] = torch.rand(x.shape[1:], generator=stream)
     return noise.to(x.device)

@@ -110,15 +110,16 @@ def wrn(
     return layers
 
 
-def cnn(num_classes: int, in_channels: int, width: int = 16, depth: int = 2) -> Layers:
+def cnn(num_classes: int, in_channels: int, width: int = 16, depth: int = 2, stem_stride: int = 1) -> Layers:
     """`depth` layers of 3x3 convolution, batch norm and ReLU, for tests and very small studies.
 
-    The first keeps the image size with `width` channels; each further one halves it and doubles them.
+    The first has `width` channels and stride `stem_stride`; each further one halves the image and doubles
+    the channels.
     """
     channels = [in_channels, *(width * 2**i for i in range(depth))]
     layers: Layers = {}
     for i, (c_in, c_out) in enumerate(pairwise(channels), start=1):
-        layers[f"conv{i}"] = _conv(c_in, c_out, 3, stride=1 if i == 1 else 2)
+        layers[f"conv{i}"] = _conv(c_in, c_out, 3, stride=stem_stride if i == 1 else 2)
         layers[f"bn{i}"] = nn.BatchNorm2d(c_out)
         layers[f"relu{i}"] = nn.ReLU(inplace=True)
     return layers | _head("linear", channels[-1], num_classes)

@@ -29,6 +29,7 @@ from dynat.fields import (
 from dynat.recipes import Recipe, Train, rescale, with_overrides
 
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
+SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
 TRAINING_IMAGES = {"digits": 1797, "cifar10": 50_000, "cifar100": 50_000}  # digits: with the test images
 TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000}
 
@@ -70,6 +71,11 @@ class DataSpec(Model):
         return self
 
     @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        """Channels, height and width, or None where only the archive can tell."""
+        return SHAPES.get(self.source)
+
+    @property
     def training_images(self) -> int | None:
         """Images left for training, or None where only the archive can tell."""
         known = [self.train, TRAINING_IMAGES.get(self.source)]
@@ -95,6 +101,7 @@ class Network(Model):
     depth: Count | None = None
     widen: Count | None = None
     sub_block1: Flag | None = None
+    stem_stride: Count | None = None
 
     @model_validator(mode="after")
     def _own_options(self) -> "Network":
@@ -103,7 +110,7 @@ class Network(Model):
             "resnet": residual,
             "preact_resnet": residual,
             "wrn": {"depth", "widen", "sub_block1"},
-            "cnn": {"width", "depth"},
+            "cnn": {"width", "depth", "stem_stride"},
         }[self.name]
         for key in self.options:
             if key not in own:
@@ -140,7 +147,7 @@ class AutoAttack(Model):
     n: Annotated[list[Count], Field(min_length=1)]
     batch: Count = 200  # also the size of a resumable chunk
     seed: Index = 0
-    precision: Literal["fp32", "mixed"] = "fp32"  # mixed: crafted in bf16, every success verified in fp32
+    workers: Count = 1  # processes on a CPU; no verdict depends on it
 
 
 class Machine(Model):

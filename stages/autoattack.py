@@ -15,10 +15,6 @@ from dynat.stage import INTERRUPTED, RunRecord, cell, code_key, main
 from dynat.tracking import Tracker
 
 
-class StoppedError(Exception):
-    """A signal asked to leave; the finished pieces are kept."""
-
-
 def stage() -> int:
     """Run the standard ensemble on the selected checkpoint."""
     here = cell(__doc__ or "")
@@ -42,7 +38,9 @@ def stage() -> int:
     model = sha256(weights)
     key = resume_key(
         {
-            "autoattack": spec.model_dump_json(exclude={"n"}),  # more samples keep the finished chunks
+            "autoattack": spec.model_dump_json(
+                exclude={"n", "workers"}
+            ),  # more samples keep the finished chunks
             "data": sha256(source),
             "model": model,
             "code": code_key(),
@@ -58,34 +56,33 @@ def stage() -> int:
     ):
         tracker.begin(store.token)
 
-        def notify(attack: str, done: int, total: int) -> None:
+        def notify(what: str) -> None:
             bar.update()
-            bar.set_postfix_str(attack)
+            bar.set_postfix_str(what)
             if not sys.stderr.isatty():
-                print(f"{label}: {attack} {done}/{total}", flush=True)
-            if stop.requested:
-                raise StoppedError
+                print(f"{label}: {what}", flush=True)
 
-        try:
-            found, warnings = run(
-                network,
-                data.test_images[:count],
-                data.test_labels[:count],
-                spec,
-                load=store.load_piece,
-                save=store.save_piece,
-                notify=notify,
-            )
-        except StoppedError:
-            tracker.finish("KILLED")
+        outcome = run(
+            network,
+            data.test_images[:count],
+            data.test_labels[:count],
+            spec,
+            load=store.load_piece,
+            save=store.save_piece,
+            notify=notify,
+            stopped=lambda: stop.requested,
+        )
+        if outcome is None:
+            tracker.finish("KILLED", timeout=0)
             print("stopped; the finished pieces are kept for the next run", file=sys.stderr)
             return INTERRUPTED
+        found, warnings = outcome
         flags = found[STANDARD[-1]].robust.tolist()
         union = {f"n{n}": accuracy(flags[:n]) for n in spec.n if n <= count}
         header = {
             "epsilon": spec.epsilon,
             "attack_seed": spec.seed,
-            "precision": spec.precision,
+            "precision": "fp32",
             "model_sha256": model,
             "best_epoch": epoch,
             "warnings": warnings,

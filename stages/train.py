@@ -16,10 +16,14 @@ from tqdm import tqdm
 
 from dynat import environment
 from dynat.checkpoint import ResumeStore, graceful_stop, resume_key, save_weights, sha256, write_csv
+from dynat.params import Network
+from dynat.recipes import Recipe
 from dynat.stage import INTERRUPTED, Cell, RunRecord, cell, code_key, main
 from dynat.tracking import Tracker
 
 if TYPE_CHECKING:
+    from torch import nn
+
     from dynat.training import Training
 
 
@@ -52,7 +56,7 @@ def stage() -> int:
             yield from tqdm(batches, label, count, leave=False, disable=not sys.stderr.isatty())
 
         if not training.run(after_epoch, lambda: stop.requested, watch):
-            tracker.finish("KILLED")
+            tracker.finish("KILLED", timeout=0)
             print(f"stopped; epoch {training.progress.epoch} starts again at the next run", file=sys.stderr)
             return INTERRUPTED
         _write(here.path("models"), training, metadata)
@@ -69,34 +73,21 @@ def _set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
     import torch
 
     from dynat.data import load
-    from dynat.estimate import multiply_adds_per_image, refuse_days_on_cpu
-    from dynat.networks import build
+    from dynat.estimate import refuse_days_on_cpu
     from dynat.step import Engine
     from dynat.training import Training
 
     study, recipe = here.study, here.params.recipe(here.setting, here.method)
     device = environment.device_of(study.machine)
+    refuse_days_on_cpu(here.setting, study, recipe, device)
     source = Path("data", f"{here.setting}.safetensors")
     data = load(source, device)
-    shape = tuple(data.train_images.shape[1:])
-    specs = {"target": study.target, "guide": study.guide} if recipe.needs_guide else {"target": study.target}
     torch.manual_seed(here.seed)
     networks, metadata = {}, {}
-    for name, spec in specs.items():
-        options: dict[str, Any] = {
-            "name": spec.name,
-            "num_classes": study.data.classes,
-            "in_channels": shape[0],
-        }
-        options |= spec.options
-        if recipe.normalise and study.train.mean is not None:
-            options |= {"mean": study.train.mean, "std": study.train.std}
-        networks[name] = build(**options).to(device).to(memory_format=torch.channels_last)
-        metadata[name] = json.dumps(options, sort_keys=True)
-    target, guide = networks["target"], networks.get("guide")
-    if device.type == "cpu" and study.machine.device == "auto":
-        work = multiply_adds_per_image(recipe, target, guide, shape)  # type: ignore[arg-type]
-        refuse_days_on_cpu(here.setting, work * len(data.train_images) * recipe.schedule.epochs, device)
+    for name, spec in {"target": study.target, "guide": study.guide if recipe.needs_guide else None}.items():
+        if spec is not None:
+            networks[name], metadata[name] = _network(here, recipe, spec, data.train_images.shape[1])
+            networks[name].to(device).to(memory_format=torch.channels_last)
     precision = torch.float32
     if study.train.precision == "bf16" or (study.train.precision == "auto" and environment.fast_bf16(device)):
         precision = torch.bfloat16
@@ -111,7 +102,19 @@ def _set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
             **environment.fingerprint(device),
         }
     )
-    return Training(Engine(recipe, target, guide, precision), study.train, data, here.seed), metadata, key
+    engine = Engine(recipe, networks["target"], networks.get("guide"), precision)
+    return Training(engine, study.train, data, here.seed), metadata, key
+
+
+def _network(here: Cell, recipe: Recipe, spec: Network, channels: int) -> tuple["nn.Module", str]:
+    """A network of the study and the metadata that builds it again."""
+    from dynat.networks import build
+
+    options: dict[str, Any] = {"name": spec.name, "num_classes": here.study.data.classes}
+    options |= {"in_channels": channels, **spec.options}
+    if recipe.normalise and here.study.train.mean is not None:
+        options |= {"mean": here.study.train.mean, "std": here.study.train.std}
+    return build(**options), json.dumps(options, sort_keys=True)
 
 
 def _write(folder: Path, training: "Training", metadata: dict[str, str]) -> None:

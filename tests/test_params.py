@@ -112,7 +112,7 @@ study.digits.autoattack.n=[200,5000] | : 5000 is more than the 400 test images
 study.digits.train.steps=0 | : must be at least 1, found 0
 study.digits.data.source=cifar10 | study.digits.data.archive: source=cifar10 needs the name of an archive
 study.digits.data.test=1797 | : 1797 images leave none for training
-study.digits.target.widen=10 | : name=cnn takes only depth, width
+study.digits.target.widen=10 | : name=cnn takes only depth, stem_stride, width
 study.no good={} | study.'no good': must match ^[A-Za-z0-9][A-Za-z0-9_]*$, found 'no good'
 recipes.dynat.iner={} | : unknown key; did you mean 'inner'?
 recipes.dynat.inner.loss=KL | : must be 'ce', 'kl' or 'ce_dynamic', found 'KL'

@@ -1,0 +1,118 @@
+"""AutoAttack in pieces: the same as the package in one go, resumable, and with its warnings kept."""
+
+from typing import Any
+
+import pytest
+import torch
+from pyautoattack import AutoAttack as Package
+from torch import Tensor, nn
+
+from dynat.autoattack import STANDARD, run
+from dynat.networks import build
+from dynat.params import AutoAttack
+
+pytestmark = pytest.mark.slow
+IMAGES = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+
+
+def small(batch: int, workers: int = 1) -> AutoAttack:
+    return AutoAttack(epsilon=0.05, n=[8], batch=batch, workers=workers, seed=3)
+
+
+@pytest.fixture(scope="module")
+def network() -> nn.Module:
+    torch.manual_seed(1)
+    network = build("cnn", 10, 1, width=8, depth=1)
+    network.train()
+    network(torch.rand(64, 1, 8, 8))
+    for parameter in network.requires_grad_(False).parameters():
+        parameter.mul_(1.5)
+    return network.eval()
+
+
+@pytest.fixture(scope="module")
+def labels(network: nn.Module) -> Tensor:
+    return network(IMAGES / 255).argmax(1)
+
+
+def attack(network: nn.Module, labels: Tensor, spec: AutoAttack, kept: dict[str, Any]) -> Any:
+    """Run with pieces kept in ``kept``; in worker processes they are lost, and made again here."""
+    outcome = run(
+        network,
+        IMAGES,
+        labels,
+        spec,
+        load=kept.get,
+        save=kept.__setitem__,
+        notify=lambda _: None,
+        stopped=lambda: False,
+    )
+    assert outcome is not None
+    return outcome
+
+
+@pytest.fixture(scope="module")
+def in_two_chunks(network: nn.Module, labels: Tensor) -> Any:
+    return attack(network, labels, small(4), {})
+
+
+def test_one_chunk_gives_the_verdicts_of_the_package(network: nn.Module, labels: Tensor) -> None:
+    found, _ = attack(network, labels, small(8), {})
+    package = Package(network, eps=0.05, seed=3, version="standard")
+    _, predicted = package.run_standard_evaluation(IMAGES / 255, labels, batch_size=8)
+    assert torch.equal(found["square"].robust, predicted == labels)
+
+
+def test_standard_is_the_four_attacks_with_their_published_counts() -> None:
+    package = Package(nn.Identity(), eps=0.05, seed=0, version="standard")
+    assert tuple(package.attacks_to_run) == STANDARD == ("apgd-ce", "apgd-t", "fab-t", "square")
+    assert (package.apgd.n_iter, package.apgd.n_restarts) == (100, 1)
+    assert (package.apgd_targeted.n_iter, package.apgd_targeted.n_target_classes) == (100, 9)
+    assert (package.fab.n_iter, package.fab.n_target_classes, package.square.n_queries) == (100, 9, 5000)
+
+
+def test_finished_pieces_are_not_run_again_and_change_nothing(
+    network: nn.Module, labels: Tensor, in_two_chunks: Any
+) -> None:
+    kept: dict[str, Any] = {}
+    attack(network, labels, small(4), kept)
+    assert len(kept) == 2 * len(STANDARD)
+    del kept["fab-t-4"], kept["square-4"]
+    frozen = dict(kept)
+    found, _ = attack(network, labels, small(4), kept)
+    assert all(kept[name] is piece for name, piece in frozen.items())
+    for name, evidence in found.items():
+        assert torch.equal(evidence.robust, in_two_chunks[0][name].robust)
+        assert torch.equal(evidence.images, in_two_chunks[0][name].images)
+
+
+def test_a_stop_leaves_after_the_piece_at_hand(network: nn.Module, labels: Tensor) -> None:
+    kept: dict[str, Any] = {}
+    outcome = run(
+        network,
+        IMAGES,
+        labels,
+        small(4),
+        load=kept.get,
+        save=kept.__setitem__,
+        notify=lambda _: None,
+        stopped=lambda: len(kept) == 3,
+    )
+    assert outcome is None
+    assert len(kept) == 3
+
+
+def test_witnesses_are_misclassified_in_the_ball(
+    network: nn.Module, labels: Tensor, in_two_chunks: Any
+) -> None:
+    evidence = in_two_chunks[0]["square"]
+    x = (IMAGES / 255)[evidence.indices]
+    assert len(evidence.indices) == int((~evidence.robust).sum())
+    assert (evidence.images - x).abs().max() <= 0.05 + 1e-6
+    assert 0 <= evidence.images.min() <= evidence.images.max() <= 1
+    assert (network(evidence.images).argmax(1) != labels[evidence.indices]).all()
+
+
+def test_the_packages_warnings_are_returned(network: nn.Module, labels: Tensor) -> None:
+    _, warnings = attack(nn.Sequential(network, nn.Softmax(1)).eval(), labels, small(8), {})
+    assert any("probability distribution" in warning for warning in warnings)
