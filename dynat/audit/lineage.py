@@ -1,0 +1,298 @@
+"""The chain of ``dvc.lock``: command, parameters and hashes of each stage against what is there now.
+
+``dvc.yaml`` is expanded by DVC itself. ``dvc.lock`` is read with libyaml, as DVC's own reader takes seconds
+for a large one; hashes are of the content, never of DVC's record of sizes and times.
+"""
+
+import hashlib
+import os
+import re
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import yaml
+from dvc.dependency import ParamsDependency
+from dvc.dvcfile import load_file
+from dvc.exceptions import DvcException
+from dvc.repo import Repo
+from dvc.stage import PipelineStage
+from dvc.stage.loader import StageLoader
+from dvc_data.hashfile.hash_info import HashInfo
+from dvc_data.hashfile.tree import Tree
+
+from dynat.audit.link import Link, absent, broken, good, some
+from dynat.errors import UserError
+
+LOCK = "dvc.lock"
+RERUN = "run dvc repro, or restore it with git checkout"
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Numbers and booleans as YAML 1.2 has them, which DVC reads and writes: 1e-05 is a float, 010 is ten."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+class Lineage:
+    """The expanded stages of a repository and what ``dvc.lock`` says of them.
+
+    Raises :class:`UserError` if ``dvc.yaml``, ``params.yaml`` or ``dvc.lock`` cannot be read.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.lock = read_lock(root)
+        try:
+            self.repo = Repo(str(root))
+            self.dvcfile = load_file(self.repo, str(root.resolve() / "dvc.yaml"))
+            names = list(self.dvcfile.resolver.get_keys())
+            self.stages: dict[str, PipelineStage] = {name: self._stage(name) for name in names}
+        except DvcException as error:
+            raise UserError(f"dvc.yaml: {' '.join(str(error).split())}; restore it") from None
+        self.producers = {out.def_path: name for name, stage in self.stages.items() for out in stage.outs}
+        self._hashes: dict[str, str | None] = {}
+        self._links: dict[str, list[Link]] = {}
+
+    def _stage(self, name: str) -> PipelineStage:
+        resolved = self.dvcfile.resolver.resolve_one(name)[name]
+        return StageLoader.load_stage(self.dvcfile, name, resolved, self.lock.get(name, {}))
+
+    @cached_property
+    def locked_outs(self) -> dict[str, str]:
+        """Path -> hash of every output that ``dvc.lock`` knows, of stages no longer selected too."""
+        stale = {o["path"]: o.get("md5", "") for entry in self.lock.values() for o in entry.get("outs", [])}
+        return stale | {
+            path: locked(self.lock.get(name, {}), "outs").get(path, "")
+            for path, name in self.producers.items()
+        }
+
+    def chain(self, stage: str) -> list[str]:
+        """``stage`` and all that it depends on, the first to run first."""
+        found: dict[str, None] = {}
+
+        def visit(name: str) -> None:
+            for dep in self.stages[name].deps:
+                if dep.def_path in self.producers:
+                    visit(self.producers[dep.def_path])
+            found[name] = None
+
+        visit(stage)
+        return list(found)
+
+    def check(self, name: str) -> list[Link]:
+        """One good link for a stage whose lock entry fits, or a broken one for each thing that does not."""
+        if name not in self._links:
+            self._links[name] = self._check(name)
+        return self._links[name]
+
+    def _check(self, name: str) -> list[Link]:
+        entry = self.lock.get(name)
+        if not entry:
+            return [broken("chain", name, f"has no entry in {LOCK}: it was never run", "run dvc repro")]
+        stage = self.stages[name]
+        outs = list(self._outs(stage, entry))
+        faults = [*self._command(stage, entry), *self._dependencies(stage, entry)]
+        faults += [link for link in outs if link.state == "broken"]
+        if faults:
+            return faults
+        missing = [link.text for link in outs if link.state == "absent"]
+        deps, params = locked(entry, "deps"), _locked_params(entry)
+        here = f"; not here: {some(missing)} (dvc pull brings it)" if missing else ""
+        made = some(f"{path.rsplit('/', 1)[-1]} {md5[:8]}" for path, md5 in locked(entry, "outs").items())
+        text = f"command, {len(params)} parameters and {len(deps)} hashes hold → {made}{here}"
+        return [good("chain", name, text)]
+
+    def _command(self, stage: PipelineStage, entry: Mapping[str, Any]) -> Iterator[Link]:
+        name = stage.addressing
+        if entry.get("cmd") != stage.cmd:
+            yield broken("chain", name, f"ran {entry.get('cmd')!r}, dvc.yaml says {stage.cmd!r}", RERUN)
+        ran, now = _locked_params(entry), dict[str, Any]()
+        for dep in stage.deps:
+            if isinstance(dep, ParamsDependency):
+                now |= {key: _at(self.params, key) for key in dep.params}
+        changed = [key for key in sorted(ran.keys() | now.keys()) if ran.get(key) != now.get(key)]
+        gaps = [difference(key, ran.get(key), now.get(key)) for key in changed]
+        if gaps:
+            each = some(f"{key} = {_short(was)} (params.yaml: {_short(is_now)})" for key, was, is_now in gaps)
+            yield broken("chain", name, f"ran with {each}", RERUN)
+
+    @cached_property
+    def params(self) -> Any:
+        """The content of ``params.yaml``."""
+        return yaml.load((self.root / "params.yaml").read_text(encoding="utf-8"), _Loader)
+
+    def _dependencies(self, stage: PipelineStage, entry: Mapping[str, Any]) -> Iterator[Link]:
+        name, ran = stage.addressing, locked(entry, "deps")
+        wanted = [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
+        for path in sorted({*ran} ^ {*wanted}):
+            which = "dvc.lock" if path in wanted else "dvc.yaml"
+            yield broken("chain", name, f"the dependency {path} is not in {which}", RERUN)
+        changed = []
+        for path in wanted:
+            if path not in ran:
+                continue
+            below = [out for out in self.locked_outs if out.startswith(f"{path}/")]
+            if path in self.producers:
+                if ran[path] != self.locked_outs[path]:
+                    producer = self.producers[path]
+                    yield broken("chain", name, f"used another {path} than {producer} wrote", "run dvc repro")
+            elif below:
+                if not self._gathered(path, ran[path]):
+                    text = f"used another content of {path} than its stages wrote (rerun since?)"
+                    yield broken("chain", name, text, "run dvc repro")
+            elif self.hash(path) != ran[path]:
+                changed.append(f"{path} {'is missing' if self.hash(path) is None else 'has changed'}")
+        if changed:
+            yield broken("chain", name, f"{some(changed)} since it ran", RERUN)
+
+    def _gathered(self, folder: str, wanted: str) -> bool:
+        """Whether the outputs below ``folder`` make up the directory hash ``wanted``.
+
+        Files beside them, and outputs of stages no longer selected, count where they are at hand.
+        """
+        outs = {path: md5 for path, md5 in self.locked_outs.items() if path.startswith(f"{folder}/")}
+        current = {path: md5 for path, md5 in outs.items() if path in self.producers}
+        here = {path: path for path in self.files(folder)}
+        for known in (current, outs):
+            listing = {}
+            for path, md5 in known.items():
+                if not md5.endswith(".dir"):
+                    listing[path] = md5
+                    continue
+                inside = self.listing(path, md5)
+                if inside is None:  # a folder whose listing only the cache has
+                    return True
+                listing |= {f"{path}/{name}": each for name, each in inside.items()}
+            for path in here:
+                if path not in listing and not any(path.startswith(f"{out}/") for out in known):
+                    listing[path] = self.hash(path) or ""
+            if tree_hash({path.removeprefix(f"{folder}/"): md5 for path, md5 in listing.items()}) == wanted:
+                return True
+        return False
+
+    def listing(self, path: str, md5: str) -> dict[str, str] | None:
+        """Relative file name -> hash of a directory output, from the cache or the workspace, else None."""
+        try:
+            tree = Tree.load(self.repo.cache.local, HashInfo("md5", md5))
+            return {"/".join(key): info.value for key, _, info in tree}
+        except Exception:  # not in the cache, or damaged there: the workspace may have it
+            if self.hash(path) != md5:
+                return None
+            return {name.removeprefix(f"{path}/"): self.hash(name) or "" for name in self.files(path)}
+
+    def _outs(self, stage: PipelineStage, entry: Mapping[str, Any]) -> Iterator[Link]:
+        ran = locked(entry, "outs")
+        paths = [out.def_path for out in stage.outs]
+        for path in sorted({*ran} ^ {*paths}):
+            which = "dvc.lock" if path in paths else "dvc.yaml"
+            yield broken("chain", stage.addressing, f"the output {path} is not in {which}", RERUN)
+        for out in stage.outs:
+            now = self.hash(out.def_path)
+            if out.def_path not in ran or now == ran[out.def_path]:
+                continue
+            if now is None and out.use_cache:
+                yield absent("chain", stage.addressing, out.def_path)
+            else:
+                what = "is missing" if now is None else "is not what the stage wrote"
+                how = "git checkout" if not out.use_cache else "dvc checkout"
+                text = f"{out.def_path} {what} ({(now or 'none')[:8]}, {LOCK} has {ran[out.def_path][:8]})"
+                yield broken("chain", stage.addressing, text, f"restore it with {how}, or run dvc repro")
+
+    def files(self, folder: str) -> list[str]:
+        """The files below a folder, relative to the repository, without those that DVC ignores."""
+        found = self.repo.dvcignore.find(self.repo.fs, str(self.root.resolve() / folder))
+        return sorted(os.path.relpath(path, self.root.resolve()).replace(os.sep, "/") for path in found)
+
+    def hash(self, path: str) -> str | None:
+        """DVC's hash of a file or folder as it is now; None if there is none."""
+        if path not in self._hashes:
+            self._hashes[path] = self._hash(path)
+        return self._hashes[path]
+
+    def _hash(self, path: str) -> str | None:
+        full = self.root / path
+        if full.is_dir():
+            names = self.files(path)
+            return tree_hash({name.removeprefix(f"{path}/"): self.hash(name) or "" for name in names})
+        try:
+            with open(full, "rb") as file:
+                return hashlib.file_digest(file, "md5").hexdigest()
+        except OSError:
+            return None
+
+
+def read_lock(root: Path) -> dict[str, Any]:
+    """Stage name -> entry of ``dvc.lock``; empty if nothing was run, :class:`UserError` if it is broken."""
+    try:
+        return parse_lock((root / LOCK).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{LOCK}: cannot be read ({reason}); restore it with git checkout") from None
+
+
+def parse_lock(text: str) -> dict[str, Any]:
+    """The stages of a ``dvc.lock``."""
+    content = yaml.load(text, _Loader) or {}
+    stages = content.get("stages", {})
+    for name, entry in stages.items():
+        for kind in ("deps", "outs"):
+            locked(entry, kind)
+        if not isinstance(_locked_params(entry), dict):
+            raise ValueError(f"params of {name}")
+    return dict(stages)
+
+
+def tree_hash(listing: Mapping[str, str]) -> str:
+    """DVC's hash of a folder: relative file name -> md5."""
+    tree = Tree()
+    for name, md5 in listing.items():
+        tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))
+    return hashlib.md5(tree.as_bytes(), usedforsecurity=False).hexdigest() + ".dir"
+
+
+def locked(entry: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Path -> hash of the ``deps`` or ``outs`` of a lock entry."""
+    return {str(each["path"]): str(each.get("md5", "")) for each in entry.get(kind, [])}
+
+
+def _locked_params(entry: Mapping[str, Any]) -> dict[str, Any]:
+    values: dict[str, Any] = {}
+    for each in entry.get("params", {}).values():
+        values |= each
+    return values
+
+
+def _at(values: Any, key: str) -> Any:
+    for part in key.split("."):
+        values = values.get(part) if isinstance(values, Mapping) else None
+    return values
+
+
+def difference(key: str, was: Any, now: Any) -> tuple[str, Any, Any]:
+    """Where two parameter values first differ: the key down to there, and both."""
+    if isinstance(was, Mapping) and isinstance(now, Mapping):
+        for name in dict.fromkeys([*was, *now]):
+            if was.get(name) != now.get(name):
+                return difference(f"{key}.{name}", was.get(name), now.get(name))
+    return key, was, now
+
+
+def _short(value: Any) -> str:
+    text = str(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

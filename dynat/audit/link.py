@@ -1,0 +1,53 @@
+"""One checked link of the chain from a printed number to its origin."""
+
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Literal
+
+State = Literal["good", "broken", "absent"]
+MARKS: dict[State, str] = {"good": "✓", "broken": "✗", "absent": "–"}
+
+
+@dataclass(frozen=True)
+class Link:
+    """``absent``: it could not be checked here, or is worth knowing; only ``broken`` fails an audit."""
+
+    kind: str  # printed, tables, chain, commit, circumstances, evidence, replay
+    subject: str  # what was looked at: a file, a stage
+    state: State
+    text: str
+    advice: str = ""  # what to do about it
+    details: tuple[str, ...] = ()  # in --json only
+
+    @property
+    def line(self) -> str:
+        """The link as it is printed."""
+        return f"{MARKS[self.state]} {self.subject}: {self.text}" + (
+            f"; {self.advice}" if self.advice else ""
+        )
+
+
+def good(kind: str, subject: str, text: str, details: Iterable[str] = ()) -> Link:
+    """A link that holds."""
+    return Link(kind, subject, "good", text, "", tuple(details))
+
+
+def broken(kind: str, subject: str, text: str, advice: str) -> Link:
+    """A link that does not hold."""
+    return Link(kind, subject, "broken", text, advice)
+
+
+def absent(kind: str, subject: str, text: str, advice: str = "") -> Link:
+    """A link that cannot be checked here, or a circumstance that a reader should know."""
+    return Link(kind, subject, "absent", text, advice)
+
+
+def sound(links: Iterable[Link]) -> bool:
+    """Whether no link is broken."""
+    return all(link.state != "broken" for link in links)
+
+
+def some(names: Iterable[str], most: int = 3) -> str:
+    """The first few names, and how many more."""
+    each = list(names)
+    return ", ".join(each[:most]) + (f" and {len(each) - most} more" if len(each) > most else "")

@@ -1,0 +1,177 @@
+"""From the printed text to the verdicts: every number is counted again, every table written again."""
+
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+from dynat.audit.link import Link, absent, broken, good
+from dynat.errors import UserError
+from dynat.measurements import Count, read_json
+from dynat.params import Params, load
+from dynat.report import _sheets as sheets_html  # figures take seconds, and some need more than Git has
+from dynat.report import _tables as tables_html
+from dynat.tables import printed
+from dynat.tabulation import REPORT, TABLES, Tabulation, read_csv, tabulate, text_files
+from dynat.verdicts import accuracy, decode
+
+CELLS = f"{TABLES}/cells.json"
+RETABULATE = "run dvc repro tabulate"
+Source = dict[str, Any]
+
+
+class Printed:
+    """The tables as they are printed, and as the verdicts say they should be.
+
+    Raises :class:`UserError` if ``params.yaml`` or ``cells.json`` is missing or broken.
+    """
+
+    def __init__(self, root: Path) -> None:
+        self.root = root
+        self.params: Params = load(root / "params.yaml")
+        cells = read_json(root, CELLS)
+        if cells is None:
+            raise UserError(f"{CELLS}: there are no tables; run dvc repro")
+        self.cells: dict[str, dict[str, Any]] = cells
+        self._tables: dict[str, Link] = {}
+
+    def sources(self, key: str) -> list[Source]:
+        """What the cell says it was counted from."""
+        return list(self.cells[key]["sources"])
+
+    def check(self, key: str) -> list[Link]:
+        """The cell's text against its verdicts and its metrics, and each table that prints it."""
+        try:
+            links = [
+                self._recount(key),
+                self._entry(key),
+                *(self._metric(source) for source in self.sources(key)),
+            ]
+            return [*dict.fromkeys(links), *(self.table(name) for name in self.cells[key]["tables"])]
+        except (AttributeError, KeyError, TypeError, ValueError, IndexError, UserError) as error:
+            text = " ".join(str(error).split()) if isinstance(error, UserError) else f"unreadable ({error!r})"
+            return [broken("printed", f"{CELLS} {key}", text, RETABULATE)]
+
+    def _recount(self, key: str) -> Link:
+        cell, counts = self.cells[key], []
+        for source in self.sources(key):
+            robust = self._robust(source)
+            counts.append(Count(source["seed"], sum(robust), len(robust)))
+        again = printed(counts)
+        stated = (cell["text"], cell["rule"], cell["format"], cell["numbers"])
+        if stated != (again.text, again.rule, again.format, again.numbers):
+            text = f"prints {cell['text']!r}, the verdicts count {again.text!r}"
+            return broken("printed", key, text, RETABULATE)
+        if "published" in cell:
+            from dynat.comparison import difference
+
+            gap = difference(again.mean, cell["published"])
+            if gap != cell["difference"]:
+                text = f"prints the difference {cell['difference']}, it is {gap}"
+                return broken("printed", key, text, RETABULATE)
+        shares = " ".join(f"{count.robust}/{count.n}" for count in counts)
+        return good("printed", key, f"{again.text} recounted from the verdicts ({shares}, {again.rule})")
+
+    def _entry(self, key: str) -> Link:
+        """The cell's entry in ``cells.json`` against the one that the results give."""
+        try:
+            again = self.again[0].cells.get(key)
+        except (UserError, ValueError) as error:
+            return broken(
+                "tables", f"{CELLS} {key}", f"cannot be checked: {' '.join(str(error).split())}", ""
+            )
+        if again is None:
+            return broken("tables", f"{CELLS} {key}", "no selected stage gives this number", RETABULATE)
+        if again.as_json() != self.cells[key]:
+            return broken("tables", f"{CELLS} {key}", "is not what tabulate writes", RETABULATE)
+        return good("tables", f"{CELLS} {key}", "names the file, key and rule that tabulate would")
+
+    def _robust(self, source: Source) -> list[bool]:
+        verdicts = read_json(self.root, source["verdicts"])
+        if verdicts is None:
+            raise UserError(f"{source['verdicts']}: missing; restore it or run dvc repro")
+        evidence = verdicts[source["checkpoint"]][source["attack"]]
+        return decode(evidence["robust"], evidence["n"])[: source["n"]]
+
+    def _metric(self, source: Source) -> Link:
+        file, pointer = source["file"], source["pointer"]
+        metrics = read_json(self.root, file)
+        if metrics is None:
+            return broken("printed", file, "missing", "restore it or run dvc repro")
+        _, kind, setting, *_ = file.split("/")
+        spec = getattr(self.params.study[setting], kind)
+        for name, wanted in (("epsilon", spec.epsilon), ("attack_seed", spec.seed)):
+            if metrics[name] != wanted:
+                text = f"{name} is {metrics[name]}, params.yaml says {wanted}"
+                return broken("printed", file, text, "run dvc repro")
+        _, block, entry, _ = pointer.split("/")
+        stated, counted = metrics[block][entry], accuracy(self._robust(source))
+        if stated != counted:
+            text = f"{pointer} says {stated['accuracy']}, its verdicts count {counted['accuracy']}"
+            return broken("printed", file, text, "restore both with git checkout, or run dvc repro")
+        text = f"{pointer} = {stated['accuracy']}, as {counted['robust']} of {counted['n']} verdicts"
+        return good("printed", file, text)
+
+    # ------------------------------------------------------------------------------------------------ tables
+
+    @cached_property
+    def again(self) -> tuple[Tabulation, dict[str, str]]:
+        """The tabulation of what is there now, and its files but the report."""
+        found = tabulate(self.params, self.root)
+        return found, text_files(found)
+
+    def tables(self) -> list[Link]:
+        """Every file of tables, plots and report against what the verdicts give."""
+        try:
+            names = [*self.again[1], REPORT]
+        except (UserError, ValueError) as error:
+            return [broken("tables", TABLES, " ".join(str(error).split()), "")]
+        folder = self.root / TABLES
+        names += [f"{TABLES}/{path.name}" for path in sorted(folder.iterdir())]
+        return [self.table(name) for name in dict.fromkeys(names)]
+
+    def table(self, name: str) -> Link:
+        """One file of the tables against what the verdicts give."""
+        if name not in self._tables:
+            self._tables[name] = self._table(name)
+        return self._tables[name]
+
+    def _table(self, name: str) -> Link:
+        try:
+            found, files = self.again
+            now = (self.root / name).read_text(encoding="utf-8")
+        except FileNotFoundError:
+            return broken("tables", name, "missing", RETABULATE)
+        except (OSError, UserError, ValueError) as error:
+            return broken("tables", name, f"cannot be checked: {' '.join(str(error).split())}", "")
+        if name == REPORT:
+            same = all(
+                part in now
+                for part in [*(tables_html(found, each) for each in found.tables), sheets_html(found)]
+            )
+            text = "its tables and sheets are"
+        else:
+            if name not in files:
+                return broken("tables", name, "is no file of the tabulation", "remove it, or run dvc repro")
+            same, text = now == files[name], _changed(now, files[name])
+            if not same and name.endswith("training.csv") and not self._histories_here():
+                return absent("tables", name, "needs models/*/history.csv", "dvc pull brings them")
+        if not same:
+            return broken("tables", name, f"{text} not what the verdicts give", RETABULATE)
+        return good(
+            "tables",
+            name,
+            "is what the verdicts give, to the byte" if name != REPORT else f"{text} what the verdicts give",
+        )
+
+    def _histories_here(self) -> bool:
+        runs = [(*key.split("/")[:3],) for key in self.cells if key.split("/")[0] in self.params.settings]
+        needed = {"/".join(run) for run in runs if run[2] != "mean"}
+        return all(read_csv(self.root, f"models/{run}/history.csv") for run in needed)
+
+
+def _changed(now: str, wanted: str) -> str:
+    """Where two texts first differ."""
+    for number, (one, other) in enumerate(zip(now.splitlines(), wanted.splitlines(), strict=False), 1):
+        if one != other:
+            return f"line {number} is"
+    return "its number of lines is"

@@ -1,0 +1,297 @@
+"""The audit on a real, small run: it passes what was run and names what was changed since."""
+
+import hashlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import tampering
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from tampering import ATTACK, CELL, GIT
+from test_pipeline import copy, dvc
+
+from dynat.audit.__main__ import main
+
+ROOT = Path(__file__).parents[1]
+slow = pytest.mark.slow
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # of a package that DVC uses
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """One method and two seeds through the whole pipeline, committed."""
+    folder = copy(tmp_path_factory.mktemp("audit") / "repository")
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    params |= {"baselines": ["pgd_at"], "variants": [], "seeds": [0, 1]}
+    study = params["study"]["digits"]
+    study["train"]["epochs"], study["data"]["test"] = 2, 60  # some samples robust, some broken
+    (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    result = dvc(folder, "repro")
+    assert result.returncode == 0, result.stdout + result.stderr
+    subprocess.run([*GIT, "add", "-A"], cwd=folder, check=True)
+    subprocess.run([*GIT, "commit", "-qm", "run"], cwd=folder, check=True)
+    return folder
+
+
+@pytest.fixture
+def repository(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    folder = tmp_path / "repository"
+    shutil.copytree(run, folder, symlinks=True)
+    monkeypatch.chdir(folder)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return folder
+
+
+def process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """The audit in a process of its own, which may pin the CPU."""
+    command = [sys.executable, "-m", "dynat.audit", *arguments]
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
+
+
+# --------------------------------------------------------------------------------------------------- passes
+
+
+@slow
+def test_every_link_of_a_run_holds(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main([CELL]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert len(lines) < 40
+    assert not [line for line in lines if line.startswith("✗")]
+    assert any(line.startswith("✓ commit ") and "tree clean" in line for line in lines)
+    assert any("MLflow run" in line and "finished" in line for line in lines)
+    assert main(["--all"]) == 0
+
+
+@slow
+def test_a_fresh_clone_without_outputs_and_cache_holds_too(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    clone = tmp_path / "clone"
+    subprocess.run(["git", "clone", "-q", str(repository), str(clone)], check=True)
+    assert not (clone / "models").exists()
+    monkeypatch.chdir(clone)
+    assert main([CELL]) == 0
+    assert "not here: models/digits/pgd_at/0" in capsys.readouterr().out
+    assert main(["--all"]) == 0
+    deep = process(clone, CELL, "--deep")
+    assert deep.returncode == 0
+    assert "dvc pull" in deep.stdout
+
+
+@slow
+def test_deep_and_replay_hold(repository: Path) -> None:
+    result = process(repository, CELL, "--deep", "--replay", "3")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "fool the stored weights" in result.stdout
+    assert "withstand pgd20" in result.stdout
+    assert "the first 3 steps give the recorded losses to the bit" in result.stdout
+
+
+@slow
+def test_json_says_the_same_as_the_lines(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    tampering.flip(repository / "models/digits/pgd_at/0/target.safetensors")
+    assert main([CELL, "--json"]) == 1
+    (audit,) = json.loads(capsys.readouterr().out)
+    assert audit["cell"] == CELL
+    assert audit["ok"] is False
+    faults = [link for link in audit["links"] if link["state"] == "broken"]
+    assert [fault["subject"] for fault in faults] == ["train_baseline@digits-pgd_at-0"]
+    code = [detail for link in audit["links"] if link["kind"] == "commit" for detail in link["details"]]
+    md5 = hashlib.md5((repository / "dynat/step.py").read_bytes()).hexdigest()
+    assert f"dynat/step.py: {md5} then, {md5} now" in code
+
+
+@slow
+def test_numbers_and_files_find_the_cells_that_print_them(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = json.loads((repository / "metrics/tables/cells.json").read_text())
+    number = cells[CELL]["numbers"]["accuracy"]
+    for wanted, known in (
+        (number, CELL),
+        (f"{ATTACK}.json", CELL),
+        ("models/digits/pgd_at/1", "digits/pgd_at/1/aa"),
+    ):
+        assert main([wanted, "--json"]) == 0
+        found = [audit["cell"] for audit in json.loads(capsys.readouterr().out)]
+        assert known in found
+        assert len(found) < len(cells)
+
+
+@slow
+@pytest.mark.parametrize("wanted", ["digits/pgd_at/7/aa", "nothing.json", "12.3456", "table1/DYNAT/aa"])
+def test_no_such_cell_is_one_line_and_status_2(
+    repository: Path, capsys: pytest.CaptureFixture[str], wanted: str
+) -> None:
+    assert main([wanted]) == 2
+    error = capsys.readouterr().err
+    assert error.startswith("error: ")
+    assert wanted in error
+    assert error.count("\n") == 1
+
+
+@slow
+def test_a_cell_takes_less_than_two_seconds(repository: Path) -> None:
+    main([CELL])  # imports
+    start = time.process_time()
+    main([CELL])
+    assert time.process_time() - start < 2
+
+
+def test_audit_does_not_import_torch() -> None:
+    code = (
+        "import sys; import dynat.audit.__main__, dynat.audit.lineage, dynat.audit.history;"
+        "import dynat.audit.evidence, dynat.audit.circumstances;"
+        "sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+
+
+# ------------------------------------------------------------------------------------------------- tampering
+
+
+@slow
+@pytest.mark.parametrize(
+    ("tamper", "said"),
+    [
+        (tampering.cut_metric, f"{ATTACK}.json: cannot be read"),
+        (tampering.cut_lock, "dvc.lock: cannot be read"),
+        (tampering.table, "metrics/tables/digits.md: line"),
+        (tampering.cells, "prints '99.99 [99.9, 100.0]', the verdicts count"),
+        (tampering.metric, "/best/pgd20/accuracy says"),
+        (tampering.verdicts, f"{ATTACK}.verdicts.json is not what the stage wrote"),
+        (tampering.weights, "models/digits/pgd_at/0 is not what the stage wrote"),
+        (tampering.data, "data/digits.safetensors is not what the stage wrote"),
+        (tampering.lock, "used another data/digits.safetensors than prepare@digits wrote"),
+        (tampering.code, "dynat/step.py has changed"),
+        (tampering.parameter, "study.digits.train.lr = 0.05 (params.yaml: 0.06)"),
+        (tampering.command, "dvc.yaml says 'python -m stages.attack digits pgd_at 0'"),
+        (tampering.other_seed, f"{ATTACK}.json is not what the stage wrote"),
+        (tampering.other_seed, "metrics/runs/train/digits/pgd_at/0.json: is of the weights"),
+        (tampering.stage_never_run, "has no entry in dvc.lock: it was never run"),
+        (tampering.code_after_commit, "the tree was not clean"),
+    ],
+)
+def test_what_was_changed_is_named(
+    repository: Path, capsys: pytest.CaptureFixture[str], tamper: Callable[[Path], None], said: str
+) -> None:
+    tamper(repository)
+    cell = "digits/pgd_at/mean/pgd20" if tamper is tampering.table else CELL
+    assert main([cell]) == 1
+    found = [line for line in capsys.readouterr().out.splitlines() if line.startswith("✗")]
+    assert any(said in line for line in found), found
+    assert main(["--all"]) == 1
+    assert any(said in line for line in capsys.readouterr().out.splitlines())
+
+
+@slow
+def test_a_row_whose_stage_was_never_run_is_no_number(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = repository / "metrics/tables/cells.json"
+    found = json.loads(path.read_text())
+    invented = json.loads(json.dumps(found[CELL]).replace("pgd_at/0", "trades/0"))
+    path.write_text(json.dumps({**found, "digits/trades/0/pgd20": invented}))
+    assert main(["digits/trades/0/pgd20"]) == 1
+    assert "no stage of dvc.yaml writes it" in capsys.readouterr().out
+
+
+@slow
+def test_a_stage_rerun_but_not_tabulated_is_named(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    params = yaml.safe_load((repository / "params.yaml").read_text())
+    params["study"]["digits"]["attack"]["seed"] = 5
+    (repository / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    result = dvc(repository, "repro", "attack_baseline@digits-pgd_at-0", "attack_baseline@digits-pgd_at-1")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert main([CELL]) == 1
+    lines = capsys.readouterr().out.splitlines()
+    assert any(line.startswith("✗ tabulate: used another content of metrics/attack") for line in lines), lines
+
+
+@slow
+def test_a_witness_outside_the_ball_is_refused(repository: Path) -> None:
+    path = repository / f"{ATTACK}.witness.safetensors"
+    tensors = load_file(path)
+    images = tensors["best/pgd20/images"]
+    assert len(images), "the run has nothing to tamper with"
+    images[0] = torch.where(images[0] > 0.5, images[0] - 0.3, images[0] + 0.3)
+    save_file(tensors, path)
+    result = process(repository, CELL, "--deep")
+    assert result.returncode == 1
+    assert "1 adversarial images lie outside the ball of" in result.stdout
+
+
+@slow
+def test_a_broken_sample_called_robust_is_refuted_though_all_files_agree(repository: Path) -> None:
+    """Verdict, metric, tables and dvc.lock forged together: hashes hold, the witness does not."""
+    from dynat.verdicts import accuracy, decode, encode
+
+    witness = load_file(repository / f"{ATTACK}.witness.safetensors")["best/pgd20/indices"]
+    assert len(witness)
+    verdict_file, metric_file = (repository / f"{ATTACK}{suffix}" for suffix in (".verdicts.json", ".json"))
+    found, stated = json.loads(verdict_file.read_text()), json.loads(metric_file.read_text())
+    evidence = found["best"]["pgd20"]
+    flags = decode(evidence["robust"], evidence["n"])
+    flags[int(witness[0])] = True
+    evidence["robust"], stated["best"]["pgd20"] = encode(flags), accuracy(flags)
+    verdict_file.write_text(json.dumps(found, indent=1) + "\n")
+    metric_file.write_text(json.dumps(stated, indent=1) + "\n")
+    subprocess.run([sys.executable, "-m", "stages.tabulate"], cwd=repository, check=True)
+    result = dvc(repository, "commit", "-f")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert process(repository, CELL).returncode == 0, "hashes alone cannot tell"
+    deep = process(repository, CELL, "--deep")
+    assert deep.returncode == 1
+    assert "1 samples are called robust and have a witness" in deep.stdout
+
+
+@slow
+def test_a_training_that_did_not_happen_is_not_replayed(repository: Path) -> None:
+    path = repository / "models/digits/pgd_at/0/trace.csv"
+    rows = path.read_text().splitlines()
+    target, guide = rows[2].split(",")
+    path.write_text("\n".join([*rows[:2], f"{float(target) * 1.01},{guide}", *rows[3:]]) + "\n")
+    result = process(repository, CELL, "--replay", "3")
+    assert result.returncode == 1
+    assert "✗ replay digits/pgd_at/0" in result.stdout
+
+
+@slow
+def test_crate_links_the_run_to_every_result_file_by_its_hash(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("rocrate", reason="needs the extra crate")
+    folder = tmp_path / "crate"
+    assert main([CELL, "--crate", str(folder)]) == 0
+    graph = json.loads((folder / "ro-crate-metadata.json").read_text())["@graph"]
+    entities = {entity["@id"]: entity for entity in graph}
+    root = entities["./"]
+    assert {"@id": "https://w3id.org/ro/wfrun/workflow/0.5"} in root["conformsTo"]
+    action = entities[root["mentions"]["@id"]]
+    assert action["instrument"] == root["mainEntity"] == {"@id": "dvc.yaml"}
+    results = [entities[result["@id"]] for result in action["result"]]
+    files = [result for result in results if result["@type"] == "File"]
+    assert f"{ATTACK}.verdicts.json" in {file["@id"] for file in files}
+    for file in files:
+        content = (repository / file["@id"]).read_bytes()
+        assert hashlib.sha256(content).hexdigest() == file["sha256"]
+        assert (folder / file["@id"]).read_bytes() == content
+    assert main([CELL, "--crate", str(folder)]) == 2  # not empty any more
+
+
+@slow
+def test_an_experiment_is_named_with_its_commit(repository: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    result = dvc(repository, "exp", "run", "-n", "other-seed", "-S", "study.digits.attack.seed=7")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert main([CELL]) == 0
+    output = capsys.readouterr().out
+    assert "from the experiment other-seed (" in output
