@@ -3,10 +3,9 @@
 import argparse
 from pathlib import Path
 
-from dynat.sources import prepare
-
 from dynat.errors import UserError
 from dynat.params import load
+from dynat.sources import prepare
 from dynat.stage import main
 
 
