@@ -87,57 +87,44 @@ CASES: dict[str, tuple[Recipe, Step, dict[int, float]]] = {
         dynat("dynamic", beta=1, awp=True, guide=2),
         {9: 0.1, 10: 0.1},
     ),
-    "lbgat_b0": (
-        recipe(KL, {"adversarial": "mse"}, ["adversarial", "natural"], schedule=LBGAT),
-        lbgat(0),
-        {0: 0.02, 1: 0.1},
+    "mart": (
+        shipped("mart", outer={"adversarial": "bce", "beta": 5, "kl": "mart"}),
+        mart,
+        {0: 0.1, 74: 0.01},
     ),
-    "lbgat_b6": (
-        recipe(KL, MSE_KL, ["adversarial", "natural"], schedule=LBGAT),
-        lbgat(6),
-        {0: 0.02, 75: 0.01},
+    "fat": (
+        shipped("fat", inner=PARAMS["recipes"]["fat"]["inner"] | STRONG),
+        fat,
+        {49: 0.1, 50: 0.1},
+    ),
+    "gairat": (
+        shipped("gairat", inner=PARAMS["recipes"]["gairat"]["inner"] | STRONG),
+        gairat(59, dynamic=False),
+        {58: 0.1, 59: 0.01},
+    ),
+    "lbgat0": (shipped("lbgat0"), lbgat(0), {0: 0.02, 1: 0.1}),
+    "lbgat6": (shipped("lbgat6"), lbgat(6), {0: 0.02, 75: 0.01}),
+    "mail_at": (shipped("mail_at"), mail("ce", 76), {75: 0.001, 76: 0.001}),
+    "mail_trades": (shipped("mail_trades"), mail("kl", 76), {75: 0.001, 76: 0.001}),
+    "dynat_mail_inner": (
+        shipped("dynat_mail_inner", batch_norm={"target": ["adversarial"]}),
+        mail("dynamic", 76),
+        {75: 0.001, 76: 0.001},
+    ),
+    "dynat_inner_gairat": (
+        shipped(
+            "dynat_inner_gairat",
+            inner=PARAMS["recipes"]["dynat_inner_gairat"]["inner"] | STRONG,
+            smoothing={},
+            batch_norm={"target": ["adversarial"], "guide": 2},
+        ),
+        gairat(70, dynamic=True),
+        {69: 0.01, 70: 0.01},
     ),
     "lbgat_awp_on_dynamic_labels": (
         recipe(KL, MSE_KL, ["adversarial", "natural"], awp=AWP_GUIDE, schedule=LBGAT),
         lbgat(6, awp=True),
         {0: 0.02, 1: 0.1},
-    ),
-    "mart": (
-        recipe(CE, {"adversarial": "bce", "beta": 5, "kl": "mart"}, ["natural", "adversarial"]),
-        mart,
-        {0: 0.01, 75: 0.001},
-    ),
-    "mail_at": (
-        recipe(CE, {"adversarial": "ce"}, ["adversarial"], weights={"rule": "mail", "begin": 76}),
-        mail("ce", 76),
-        {75: 0.001, 76: 0.001},
-    ),
-    "mail_trades": (
-        recipe(
-            KL,
-            {"natural_ce": True, "adversarial": "none", "beta": 5},
-            ["natural", "adversarial"],
-            weights={"rule": "mail", "begin": 76, "bias": 0, "slope": 2},
-        ),
-        mail("kl", 76),
-        {75: 0.001, 76: 0.001},
-    ),
-    "gairat": (
-        recipe(CE | STRONG | {"start": "uniform"}, {"adversarial": "ce"}, ["adversarial"], weights=GAIRAT),
-        gairat(60, dynamic=False),
-        {59: 0.01, 60: 0.01},
-    ),
-    "dynat_inner_gairat": (
-        recipe(
-            {"loss": "ce_dynamic", "start": "uniform"} | STRONG,
-            {"adversarial": "ce"},
-            ["adversarial"],
-            labels="guide",
-            weights=GAIRAT,
-            guide=2,
-        ),
-        gairat(60, dynamic=True),
-        {59: 0.01, 60: 0.01},
     ),
     "dynat_inner_gairat_kappa_of_truth": (
         recipe(
@@ -151,18 +138,6 @@ CASES: dict[str, tuple[Recipe, Step, dict[int, float]]] = {
         gairat(60, dynamic=True, count_truth=True),
         {60: 0.01, 61: 0.01},
     ),
-    "dynat_mail_inner": (
-        recipe(
-            CE | {"loss": "ce_dynamic"},
-            {"adversarial": "ce"},
-            ["adversarial"],
-            labels="guide",
-            weights={"rule": "mail", "begin": 76},
-        ),
-        mail("dynamic", 76),
-        {75: 0.001, 76: 0.001},
-    ),
-    "fat": (recipe(CE | FRIENDLY, {"adversarial": "ce"}, ["adversarial"]), fat, {49: 0.01, 50: 0.01}),
     "dynat_fat": (
         recipe(FRIENDLY | {"loss": "ce_dynamic"}, {"adversarial": "ce"}, ["adversarial"], labels="guide"),
         dynat_fat,
@@ -241,7 +216,7 @@ def test_target_and_guide_get_no_gradient_from_each_others_loss(name: str) -> No
 
 
 def test_lbgats_mse_trains_both_networks() -> None:
-    choice = CASES["lbgat_b0"][0]
+    choice = CASES["lbgat0"][0]
     target, guide, _ = after_step(choice)
     other_target, other_guide, _ = after_step(choice.model_copy(update={"alpha": 7.0}))
     assert not same(guide, other_guide)
