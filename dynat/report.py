@@ -44,7 +44,7 @@ POLICY = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"  # the b
 def render(found: Tabulation, root: Path = Path()) -> str:
     """The report; ``root`` holds data and witnesses for the images. Equal results give equal text."""
     sections = [(setting, _setting(found, setting, root)) for setting in found.params.settings]
-    sections += [(f"table{number}", _tables(found, f"table{number}")) for number in TITLES]
+    sections += [(f"table{number}", tables_html(found, f"table{number}")) for number in TITLES]
     links = "".join(f'<li><a href="#{each}">{escape(_title(each))}</a></li>' for each, _ in sections)
     body = "".join(
         f'<section id="{each}"><h2>{escape(_title(each))}</h2>{text}</section>' for each, text in sections
@@ -57,7 +57,7 @@ def render(found: Tabulation, root: Path = Path()) -> str:
         f"<title>dynat: results</title><style>{style}</style></head><body>"
         f"<header><h1>Dynamic label adversarial training, reproduced</h1>{INTRODUCTION}"
         f'<nav><ul>{links}<li><a href="#cite">How to cite</a></li></ul></nav></header><main>{body}'
-        f'<section id="cite"><h2>How to cite</h2>{CITATION}</section></main>{_sheets(found)}</body></html>\n'
+        f'<section id="cite"><h2>How to cite</h2>{CITATION}</section></main>{sheets_html(found)}</body></html>\n'
     )
 
 
@@ -67,13 +67,14 @@ def _title(section: str) -> str:
 
 
 def _setting(found: Tabulation, setting: str, root: Path) -> str:
-    return _tables(found, setting) + "".join(_figures(found, setting)) + _images(found, setting, root)
+    return tables_html(found, setting) + "".join(_figures(found, setting)) + _images(found, setting, root)
 
 
 # --------------------------------------------------------------------------------------------------- tables
 
 
-def _tables(found: Tabulation, file: str) -> str:
+def tables_html(found: Tabulation, file: str) -> str:
+    """The tables of one file as HTML, each with its lead: ``file`` is a setting or ``table1``."""
     parts = []
     for rank, table in enumerate(found.tables[file]):
         heading = f"<h3>{escape(table.title)}</h3>" if rank else ""
@@ -127,7 +128,8 @@ def slug(key: str) -> str:
 # --------------------------------------------------------------------------------------- a number's own sheet
 
 
-def _sheets(found: Tabulation) -> str:
+def sheets_html(found: Tabulation) -> str:
+    """A sheet for every number that a table prints: its counts, its files and the command that audits it."""
     keys = [e.key for ts in found.tables.values() for t in ts for row in t.rows for e in row if e.key]
     return "".join(_sheet(key, found.cells[key]) for key in keys)
 

@@ -38,7 +38,7 @@ def stage() -> int:
         tags={"stage": "train"},
         params={**here.params.recipe(here.setting, here.method).model_dump(), "seed": here.seed},
     )
-    training, metadata, key = _set_up(here)
+    training, metadata, key = set_up(here)
     with ResumeStore(key) as store, graceful_stop() as stop:
         tracker.begin(store.token)
         if state := store.load():
@@ -68,8 +68,12 @@ def stage() -> int:
     return 0
 
 
-def _set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
-    """The training before its first step, the metadata of its weights and its resume key."""
+def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
+    """The training before its first step, the metadata of its weights and its resume key.
+
+    Needs ``data/<setting>.safetensors``; :class:`UserError` if it is missing, or the training would keep a
+    CPU busy for days.
+    """
     import torch
 
     from dynat.data import load

@@ -236,7 +236,7 @@ def replay(shown: Printed, run: str, steps: int) -> list[Link]:
 def _losses(shown: Printed, setting: str, method: str, seed: int, steps: int) -> list[dict[str, float]]:
     """Losses of the first steps of a training, as ``trace.csv`` names them."""
     from dynat.stage import Cell
-    from stages.train import _set_up as set_up
+    from stages.train import set_up
 
     training, _, _ = set_up(Cell(setting, method, seed, shown.params))
     losses: list[dict[str, float]] = []

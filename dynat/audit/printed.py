@@ -8,8 +8,7 @@ from dynat.audit.link import Link, absent, broken, good
 from dynat.errors import UserError
 from dynat.measurements import Count, read_json
 from dynat.params import Params, load
-from dynat.report import _sheets as sheets_html  # figures take seconds, and some need more than Git has
-from dynat.report import _tables as tables_html
+from dynat.report import sheets_html, tables_html  # not render: figures need more than Git has
 from dynat.tables import printed
 from dynat.tabulation import REPORT, TABLES, Tabulation, read_csv, tabulate, text_files
 from dynat.verdicts import accuracy, decode
