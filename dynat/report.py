@@ -57,7 +57,8 @@ def render(found: Tabulation, root: Path = Path()) -> str:
         f"<title>dynat: results</title><style>{style}</style></head><body>"
         f"<header><h1>Dynamic label adversarial training, reproduced</h1>{INTRODUCTION}"
         f'<nav><ul>{links}<li><a href="#cite">How to cite</a></li></ul></nav></header><main>{body}'
-        f'<section id="cite"><h2>How to cite</h2>{CITATION}</section></main>{sheets_html(found)}</body></html>\n'
+        f'<section id="cite"><h2>How to cite</h2>{CITATION}</section></main>'
+        f"{sheets_html(found)}</body></html>\n"
     )
 
 
@@ -129,17 +130,20 @@ def slug(key: str) -> str:
 
 
 def sheets_html(found: Tabulation) -> str:
-    """A sheet for every number that a table prints: its counts, its files and the command that audits it."""
-    keys = [e.key for ts in found.tables.values() for t in ts for row in t.rows for e in row if e.key]
-    return "".join(_sheet(key, found.cells[key]) for key in keys)
+    """A sheet for every cell, also of a CSV alone: its counts, its files and the command that audits it."""
+    keys = {e.key for ts in found.tables.values() for t in ts for row in t.rows for e in row}
+    return "".join(
+        _sheet(key, cell, f"n-{slug(key)}" if key in keys else key.split("/")[0])
+        for key, cell in found.cells.items()
+    )
 
 
-def _sheet(key: str, cell: Cell) -> str:
+def _sheet(key: str, cell: Cell, back: str) -> str:
     done, place = cell.printed, slug(key)
     gap = f"; paper {cell.extra['published']}, difference {cell.extra['difference']}" if cell.extra else ""
     caveats = dict.fromkeys(caveat for m in cell.measurements for caveat in m.caveats)
     return (
-        f'<section class="audit" id="a-{place}"><a class="close" href="#n-{place}">close</a>'
+        f'<section class="audit" id="a-{place}"><a class="close" href="#{back}">close</a>'
         f"<h4>{escape(key)}</h4><p><strong>{escape(done.text)}</strong> ({done.rule}{gap})</p>"
         f"<ul>{''.join(map(_source, cell.measurements))}</ul>"
         + "".join(f"<p>{escape(caveat)}</p>" for caveat in caveats)

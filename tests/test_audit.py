@@ -57,6 +57,13 @@ def process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     return subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True, timeout=300)
 
 
+def as_json(wanted: str, capsys: pytest.CaptureFixture[str]) -> str:
+    """The output of an audit as data."""
+    capsys.readouterr()
+    main([wanted, "--json"])
+    return capsys.readouterr().out
+
+
 # --------------------------------------------------------------------------------------------------- passes
 
 
@@ -137,6 +144,45 @@ def test_no_such_cell_is_one_line_and_status_2(
     assert error.startswith("error: ")
     assert wanted in error
     assert error.count("\n") == 1
+
+
+@slow
+def test_files_that_a_number_comes_from_find_it_and_no_other(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = json.loads((repository / "metrics/tables/cells.json").read_text())
+    own = {key for key in cells if key.split("/")[2] in ("1", "mean")}
+    for wanted, known in (
+        ("models/digits/pgd_at/1/target.safetensors", own),
+        ("dynat/step.py", {*cells}),
+        ("dynat/autoattack.py", {key for key in cells if key.split("/")[-1] in ("aa", "all")}),
+    ):
+        assert main([wanted, "--json"]) == 0
+        assert {audit["cell"] for audit in json.loads(capsys.readouterr().out)} == known
+
+
+@slow
+def test_a_stage_that_no_number_needs_is_checked_with_all(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = repository / "dvc.yaml"
+    pipeline = yaml.safe_load(path.read_text())
+    pipeline["stages"]["sanity"] = {
+        "matrix": {"setting": "${settings}", "seed": "${seeds}"},
+        "cmd": "mkdir -p metrics/sanity && cp params.yaml metrics/sanity/${item.setting}-${item.seed}.json",
+        "deps": ["data/${item.setting}.safetensors", "dynat/verdicts.py"],
+        "outs": [{"metrics/sanity/${item.setting}-${item.seed}.json": {"cache": False}}],
+    }
+    path.write_text(yaml.safe_dump(pipeline, sort_keys=False))
+    assert main(["--all"]) == 0
+    assert "never run, and in no number: sanity@digits-0, sanity@digits-1" in as_json("--all", capsys)
+    result = dvc(repository, "repro", "sanity@digits-0")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert main(["--all"]) == 0
+    capsys.readouterr()
+    tampering.flip(repository / "metrics/sanity/digits-0.json")
+    assert main(["--all"]) == 1
+    assert "metrics/sanity/digits-0.json is not what the stage wrote" in capsys.readouterr().out
 
 
 @slow

@@ -14,7 +14,7 @@ from safetensors.numpy import save_file
 from synthetic import COUNTS, history, params, put, write
 
 from dynat.gallery import data_uri, perturbed
-from dynat.report import render
+from dynat.report import render, slug
 from dynat.tabulation import tabulate
 
 BASELINES, VARIANTS = ["trades", "gairat", "lbgat0"], ["dynat", "dynat_inner_gairat"]
@@ -105,7 +105,10 @@ def test_every_number_opens_a_sheet_with_its_counts_and_command(report: str, res
     ]
     assert len(shown) == 4 * (10 + 2)
     sheets = dict(re.findall(r'<section class="audit" id="([^"]+)">(.*?)</section>', report, flags=re.DOTALL))
-    assert len(sheets) == len(shown)
+    assert sheets.keys() == {f"a-{slug(key)}" for key in found.cells}  # also of a number in a CSV alone
+    assert len(sheets) == len(found.cells) > len(shown)
+    for key in shown:
+        assert f'<td id="n-{slug(key)}"><a href="#a-{slug(key)}">' in report
     for sheet in sheets.values():
         key = re.findall(r"<h4>(.*?)</h4>", sheet)[0]
         command = re.findall(r"<pre>(.*?)</pre>", sheet)[0]

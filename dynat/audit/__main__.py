@@ -1,6 +1,6 @@
 """Audit a printed number down to verdicts, weights, data, code and commit.
 
-CELL as digits/dynat/0/aa or table1/DYNAT/aa; FILE such as metrics/tables/digits.md or
+CELL as digits/dynat/0/aa or table1/DYNAT/aa; FILE a table, an output or a code file, such as
 metrics/attack/digits/dynat/0.json; NUMBER such as 52.41. Exit status: 0 all links hold, 1 one is broken,
 2 there is no such cell.
 """
@@ -14,12 +14,15 @@ from collections.abc import Callable, Iterable
 from dataclasses import asdict
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from dynat.audit.link import Link, absent, broken, sound
 from dynat.audit.printed import Printed, Source
 from dynat.errors import UserError
 from dynat.measurements import read_json
+
+if TYPE_CHECKING:
+    from dynat.audit.lineage import Lineage
 
 SCREEN = 30  # lines
 Audited = dict[str, list[Link]]  # cell -> its links
@@ -33,11 +36,16 @@ def main(arguments: list[str] | None = None) -> int:
 
         root = Path()
         shown = Printed(root)
-        keys = list(shown.cells) if options.all else select(shown, options.number)
+        lineage, fault = None, ""
         try:
-            found = audit(shown, Lineage(root), keys, whole=options.all)
+            lineage = Lineage(root)
         except UserError as error:
-            found = {key: [broken("chain", "dvc.lock and dvc.yaml", str(error), "")] for key in keys}
+            fault = str(error)
+        keys = list(shown.cells) if options.all else select(shown, lineage, options.number)
+        if lineage:
+            found = audit(shown, lineage, keys, whole=options.all)
+        else:
+            found = {key: [broken("chain", "dvc.lock and dvc.yaml", fault, "")] for key in keys}
         if options.deep or options.replay:
             add_evidence(shown, found, options.deep, options.replay)
         if options.crate:
@@ -49,7 +57,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     if options.json:
         print(json.dumps(as_json(shown, found), indent=1, ensure_ascii=False))
-    elif len(found) == 1:
+    elif len(found) == 1 and not options.all:
         show_one(shown, found)
     else:
         show_many(shown, found)
@@ -80,12 +88,14 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
 # ---------------------------------------------------------------------------------------------- which cells
 
 
-def select(shown: Printed, wanted: str) -> list[str]:
-    """The cells that are, come from or print ``wanted``; :class:`UserError` if there is none."""
+def select(shown: Printed, lineage: "Lineage | None", wanted: str) -> list[str]:
+    """The cells that are, print or come from ``wanted``; :class:`UserError` if there is none."""
     if wanted in shown.cells:
         return [wanted]
     path = os.path.relpath(wanted) if os.path.isabs(wanted) else os.path.normpath(wanted)
-    keys = [key for key, cell in shown.cells.items() if _concerns(cell, path, wanted)]
+    keys = [key for key, cell in shown.cells.items() if _prints(cell, path, wanted)]
+    if not keys and lineage and (stages := lineage.behind(path)):
+        keys = [key for key in shown.cells if stages & {*_stages(shown, lineage, key)[0]}]
     if not keys:
         raise UserError(
             f"{wanted}: no such cell, file or number; metrics/tables/cells.json has all {len(shown.cells)}"
@@ -93,15 +103,9 @@ def select(shown: Printed, wanted: str) -> list[str]:
     return keys
 
 
-def _concerns(cell: dict[str, Any], path: str, wanted: str) -> bool:
-    sources = cell.get("sources", [])
-    files = {*cell.get("tables", [])}
-    for source in sources:
-        files |= {source["file"], source["verdicts"], *(f"{f}/{run_of(source)}" for f in ("models",))}
-        files.add(source["verdicts"].replace(".verdicts.json", ".witness.safetensors"))
-    inside = any(path == file or path.startswith(f"{file}/") for file in files)
+def _prints(cell: dict[str, Any], path: str, wanted: str) -> bool:
     numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", cell.get("text", ""))
-    return inside or wanted in numbers or wanted == cell.get("text")
+    return path in cell.get("tables", ()) or wanted in numbers or wanted == cell.get("text")
 
 
 def run_of(source: Source) -> str:
@@ -110,28 +114,31 @@ def run_of(source: Source) -> str:
 
 
 def kind_of(source: Source) -> str:
-    """The stage that measured a source: attack or autoattack."""
+    """The stage that measured a source, as attack or autoattack."""
     return str(source["file"].split("/")[1])
 
 
 # ----------------------------------------------------------------------------------------------- the checks
 
 
-def audit(shown: Printed, lineage: Any, keys: Iterable[str], whole: bool = False) -> Audited:
-    """Links 1 to 4 of each cell; ``whole`` adds an entry for the tables as a whole."""
+def audit(shown: Printed, lineage: "Lineage", keys: Iterable[str], whole: bool = False) -> Audited:
+    """Links 1 to 4 of each cell; ``whole`` adds an entry for the tables and for stages behind no cell."""
     from dynat.audit.circumstances import circumstances
     from dynat.audit.history import commits
 
     keys = list(keys)
     chains = {key: _stages(shown, lineage, key) for key in keys}
-    history = commits(lineage, dict.fromkeys(name for chain, _ in chains.values() for name in chain))
+    names = dict.fromkeys(name for chain, _ in chains.values() for name in chain)
+    if whole:
+        names |= dict.fromkeys(name for name in lineage.stages if lineage.left_something(name))
+    history = commits(lineage, names)
     records: dict[tuple[str, str, str], Link] = {}
     found: Audited = {}
     for key in keys:
         chain, missing = chains[key]
         links = [*shown.check(key), *missing]
         links += [link for name in chain for link in lineage.check(name)]
-        links += [link for link in history if whole is False]
+        links += [] if whole else history
         for source in shown.sources(key) if sound(missing) else ():
             for kind in ("train", kind_of(source)):
                 at = (kind, run_of(source), _model(shown, source))
@@ -140,19 +147,24 @@ def audit(shown: Printed, lineage: Any, keys: Iterable[str], whole: bool = False
                 links.append(records[at])
         found[key] = list(dict.fromkeys(links))
     if whole:
-        found["all tables"] = [*shown.tables(), *history]
+        found["all tables"] = [
+            *shown.tables(),
+            *(link for name in names for link in lineage.check(name)),
+            *lineage.never_run(names),
+            *history,
+        ]
     return found
 
 
 def _model(shown: Printed, source: Source) -> str:
-    """SHA-256 of the weights that the metrics are of; empty if they are unreadable."""
+    """SHA-256 of the weights that the metrics are of; empty if they are unreadable or do not say."""
     try:
-        return str((read_json(shown.root, source["file"]) or {}).get("model_sha256"))
+        return str((read_json(shown.root, source["file"]) or {}).get("model_sha256", ""))
     except UserError:
         return ""
 
 
-def _stages(shown: Printed, lineage: Any, key: str) -> tuple[list[str], list[Link]]:
+def _stages(shown: Printed, lineage: "Lineage", key: str) -> tuple[list[str], list[Link]]:
     """The stages behind a cell, the first to run first, and a broken link for each source without one."""
     chain: dict[str, None] = {}
     missing = []

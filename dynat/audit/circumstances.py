@@ -13,9 +13,9 @@ RERUN = "restore it with git checkout, or run dvc repro -f of that stage"
 
 
 def circumstances(root: Path, stage: str, run: str, model_sha256: str) -> Link:
-    """The record of one stage (train, attack, autoattack) of ``run``, such as ``digits/dynat/0``.
+    """The record of one stage, such as train or attack, of ``run``, such as ``digits/dynat/0``.
 
-    ``model_sha256`` is the weights' hash according to the metrics.
+    ``model_sha256`` is the weights' hash according to the metrics, empty if they state none.
     """
     name = f"metrics/runs/{stage}/{run}.json"
     try:
@@ -38,7 +38,7 @@ def _fault(record: dict[str, Any], stage: str, run: str, model_sha256: str) -> s
         return f"is the record of {record['stage']}"
     if str(record["seed"]) != seed:
         return f"is of the training seed {record['seed']}"
-    if record["model_sha256"] != model_sha256:
+    if model_sha256 and record["model_sha256"] != model_sha256:
         return f"is of the weights {record['model_sha256'][:10]}, the metrics of {model_sha256[:10]}"
     return None
 

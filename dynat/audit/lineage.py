@@ -7,7 +7,7 @@ for a large one; hashes are of the content, never of DVC's record of sizes and t
 import hashlib
 import os
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -92,6 +92,24 @@ class Lineage:
 
         visit(stage)
         return list(found)
+
+    def behind(self, path: str) -> set[str]:
+        """The stage that writes a file or its folder, or else the stages that read just it, such as code."""
+        writers = {name for out, name in self.producers.items() if path == out or path.startswith(f"{out}/")}
+        return writers or {
+            name
+            for name, stage in self.stages.items()
+            if any(d.def_path == path for d in stage.deps if not isinstance(d, ParamsDependency))
+        }
+
+    def left_something(self, name: str) -> bool:
+        """Whether a stage has an entry in ``dvc.lock`` or an output here."""
+        return name in self.lock or any((self.root / out.def_path).exists() for out in self.stages[name].outs)
+
+    def never_run(self, besides: Collection[str]) -> list[Link]:
+        """A link that tells of the stages not in ``besides``, if there are any."""
+        names = [name for name in self.stages if name not in besides]
+        return [absent("chain", "dvc.yaml", f"never run, and in no number: {some(names)}")] if names else []
 
     def check(self, name: str) -> list[Link]:
         """One good link for a stage whose lock entry fits, or a broken one for each thing that does not."""

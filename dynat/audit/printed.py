@@ -1,6 +1,7 @@
 """From the printed text to the verdicts: every number is counted again, every table written again."""
 
-from functools import cached_property
+from functools import cached_property, reduce
+from operator import getitem
 from pathlib import Path
 from typing import Any
 
@@ -97,13 +98,15 @@ class Printed:
         if metrics is None:
             return broken("printed", file, "missing", "restore it or run dvc repro")
         _, kind, setting, *_ = file.split("/")
-        spec = getattr(self.params.study[setting], kind)
-        for name, wanted in (("epsilon", spec.epsilon), ("attack_seed", spec.seed)):
-            if metrics[name] != wanted:
+        spec = getattr(self.params.study[setting], kind, None)
+        for name, key in (("epsilon", "epsilon"), ("attack_seed", "seed")):
+            wanted = getattr(spec, key, None)
+            if wanted is not None and metrics[name] != wanted:
                 text = f"{name} is {metrics[name]}, params.yaml says {wanted}"
                 return broken("printed", file, text, "run dvc repro")
-        _, block, entry, _ = pointer.split("/")
-        stated, counted = metrics[block][entry], accuracy(self._robust(source))
+        _, *path, _ = pointer.split("/")
+        stated: Any = reduce(getitem, path, metrics)
+        counted = accuracy(self._robust(source))
         if stated != counted:
             text = f"{pointer} says {stated['accuracy']}, its verdicts count {counted['accuracy']}"
             return broken("printed", file, text, "restore both with git checkout, or run dvc repro")
