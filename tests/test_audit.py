@@ -10,6 +10,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import crates
 import pytest
 import tampering
 import torch
@@ -332,6 +333,26 @@ def test_crate_links_the_run_to_every_result_file_by_its_hash(repository: Path, 
         assert hashlib.sha256(content).hexdigest() == file["sha256"]
         assert (folder / file["@id"]).read_bytes() == content
     assert main([CELL, "--crate", str(folder)]) == 2  # not empty any more
+
+
+@slow
+def test_the_profiles_validator_accepts_the_crate_and_no_spoilt_one(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    pytest.importorskip("rocrate", reason="needs the extra crate")
+    pytest.importorskip("rocrate_validator", reason="needs roc-validator of the group dev")
+    folder = tmp_path / "crate"
+    assert main(["--all", "--crate", str(folder)]) == 0
+    assert crates.faults(folder, "required") == []
+    metadata = folder / "ro-crate-metadata.json"
+    whole = json.loads(metadata.read_text())
+    for entity, key in (("#run", "instrument"), ("./", "mainEntity"), ("dvc.yaml", "programmingLanguage")):
+        graph = [
+            {name: value for name, value in each.items() if each["@id"] != entity or name != key}
+            for each in whole["@graph"]
+        ]
+        metadata.write_text(json.dumps({**whole, "@graph": graph}))
+        assert crates.faults(folder, "required"), f"{entity} without {key}"
 
 
 @slow

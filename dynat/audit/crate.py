@@ -89,9 +89,10 @@ def _workflow(crate: Any, root: Path) -> Any:
         "version": citation["version"],
         "license": {"@id": licence},
         "encodingFormat": "application/yaml",
-        "url": {"@id": "https://dvc.org"},
         "conformsTo": {"@id": "https://bioschemas.org/profiles/ComputationalWorkflow/1.0-RELEASE"},
     }
+    if "repository-code" in citation:
+        own["url"] = {"@id": citation["repository-code"]}
     workflow = crate.add_workflow(root / "dvc.yaml", "dvc.yaml", properties=own, main=True, lang=dvc)
     crate.root_dataset["conformsTo"] = profiles
     for kind, text in (("input", "parameters of the study"), ("output", "metrics, verdicts and tables")):
