@@ -10,7 +10,6 @@ from html import escape
 from importlib.resources import files
 from pathlib import Path
 
-from dynat import figures
 from dynat.gallery import data_uri, perturbed
 from dynat.markup import Entry, Table, letters
 from dynat.measurements import Measurement
@@ -170,6 +169,8 @@ def _source(measurement: Measurement) -> str:
 
 
 def _figures(found: Tabulation, setting: str) -> Iterator[str]:
+    from dynat import figures  # matplotlib, of which the audit needs nothing
+
     params = found.params
     methods = [*params.baselines, *params.variants]
     histories = {m: [h for h in found.histories[setting, m].values() if h] for m in methods}
@@ -221,6 +222,8 @@ def _interval(cell: Cell) -> tuple[float, float, float]:
 
 def _training(setting: str, histories: dict[str, list[list[dict[str, str]]]]) -> str:
     """Figure 3, DYNAT against LBGAT where both were run, and a panel for each method."""
+    from dynat import figures
+
     text = ""
     rival = next((method for method in ("lbgat0", "lbgat6") if method in histories), None)
     if rival and "dynat" in histories:

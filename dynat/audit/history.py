@@ -4,12 +4,14 @@ import hashlib
 import re
 import subprocess
 from collections import defaultdict
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
 
 from dynat.audit.lineage import LOCK, Lineage, locked, tree_hash
 from dynat.audit.link import Link, absent, broken, good, some
 
+AT_ONCE = 32  # revisions of dvc.lock in memory
+EXPERIMENT = re.compile(r"^(\w+) (refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/.+)$", re.MULTILINE)
 ENTRY = re.compile(r"^  (\S.*?):\n((?:    .*\n|\n)*)", re.MULTILINE)
 
 
@@ -27,13 +29,10 @@ def commits(lineage: Lineage, stages: Iterable[str]) -> list[Link]:
     for name, commit in found.items():
         by_commit[commit].append(name)
     links = [link for commit, names in by_commit.items() for link in _clean(lineage, commit, names)]
-    nowhere = []
-    for name in sorted(wanted.keys() - found.keys()):
-        if experiment := _experiment(root, name, wanted[name]):
-            links.append(good("commit", name, f"from the experiment {experiment}"))
-        else:
-            nowhere.append(name)
-    if nowhere:
+    apart = {name: entry for name, entry in wanted.items() if name not in found}
+    experiments = _experiments(root, apart) if apart else {}
+    links += [good("commit", name, f"from the experiment {each}") for name, each in experiments.items()]
+    if nowhere := sorted(apart.keys() - experiments.keys()):
         text = f"in no commit are the entries of {some(nowhere)}"
         links.append(absent("commit", LOCK, text, "commit dvc.lock and metrics together"))
     return links
@@ -44,8 +43,7 @@ def _appeared(root: Path, wanted: dict[str, str]) -> dict[str, str]:
     listed = (_git(root, "log", "--first-parent", "--format=%H", "--", LOCK) or b"").decode().split()
     found: dict[str, str] = {}
     open_names = set(wanted)
-    for commit in listed:  # the newest first
-        then = _entries((_git(root, "show", f"{commit}:{LOCK}") or b"").decode())
+    for commit, then in _locks(root, listed):  # the newest first
         for name in sorted(open_names):
             if then.get(name) == wanted[name]:
                 found[name] = commit
@@ -97,25 +95,39 @@ def _at_commit(root: Path, commit: str, paths: list[str]) -> dict[str, str]:
 
 
 def _blobs(root: Path, names: list[str]) -> dict[str, bytes]:
+    """Git object, as a hash or commit:path -> its content; without those that do not exist."""
     output = _git(root, "cat-file", "--batch", stdin="".join(f"{n}\n" for n in names).encode()) or b""
     found, place = {}, 0
     for name in names:
-        head, _, _ = output[place:].partition(b"\n")
-        size = int(head.split()[2])
-        start = place + len(head) + 1
-        found[name] = output[start : start + size]
-        place = start + size + 1
+        start = output.find(b"\n", place) + 1
+        head = output[place:start].split()
+        place = start
+        if head[-1:] != [b"missing"]:
+            size = int(head[-1])
+            found[name] = output[start : start + size]
+            place += size + 1
     return found
 
 
-def _experiment(root: Path, name: str, entry: str) -> str | None:
-    """Name and commit of the experiment whose ``dvc.lock`` holds the entry."""
+def _locks(root: Path, revisions: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each commit and the entries of its ``dvc.lock``; several at once, as each Git call takes time."""
+    for start in range(0, len(revisions), AT_ONCE):
+        batch = revisions[start : start + AT_ONCE]
+        contents = _blobs(root, [f"{commit}:{LOCK}" for commit in batch])
+        for commit in batch:
+            yield commit, _entries(contents.get(f"{commit}:{LOCK}", b"").decode())
+
+
+def _experiments(root: Path, wanted: dict[str, str]) -> dict[str, str]:
+    """Stage -> name and commit of the experiment whose ``dvc.lock`` holds its entry."""
     refs = (_git(root, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps") or b"").decode()
-    for line in refs.splitlines():
-        commit, ref = line.split(" ", 1)
-        if _entries((_git(root, "show", f"{commit}:{LOCK}") or b"").decode()).get(name) == entry:
-            return f"{ref.rsplit('/', 1)[-1]} ({commit[:10]})"
-    return None
+    names = {commit: name.rsplit("/", 1)[1] for commit, name in EXPERIMENT.findall(refs)}
+    found: dict[str, str] = {}
+    for commit, then in _locks(root, list(names)):
+        for stage, entry in wanted.items():
+            if then.get(stage) == entry:
+                found.setdefault(stage, f"{names[commit]} ({commit[:10]})")
+    return found
 
 
 def _entries(text: str) -> dict[str, str]:

@@ -1,0 +1,112 @@
+"""How long the audit of a large study takes, beside ``dvc status`` of the same repository.
+
+``python benchmarks/audit.py [--seeds 3]``, after ``dvc repro``: in a copy of the repository the results of
+seed 0 stand for several seeds, DVC itself writes their ``dvc.lock``, and the tables are made anew. Every link
+is checked as in earnest, with all outputs at hand; the audit fails here if one is broken.
+"""
+
+import argparse
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import yaml
+
+ROOT = Path(__file__).resolve().parents[1]
+REPEATS = 3
+GIT = ("git", "-c", "user.name=benchmark", "-c", "user.email=benchmark@example.org")
+AUDIT = (sys.executable, "-m", "dynat.audit")
+STATUS = (sys.executable, "-m", "dvc", "status", "-q")
+WITHIN = """
+import contextlib, io, sys, time
+from dynat.audit.__main__ import main
+with contextlib.redirect_stdout(io.StringIO()):
+    main([sys.argv[1]])  # imports
+    start = time.perf_counter()
+    status = main([sys.argv[1]])
+print(time.perf_counter() - start)
+sys.exit(status)
+"""
+
+
+def study(folder: Path, seeds: int) -> None:
+    """A committed repository in ``folder`` with the results of every method for each seed."""
+    listed = subprocess.run(
+        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
+        cwd=ROOT,
+        capture_output=True,
+        check=True,
+        text=True,
+    ).stdout.split("\0")
+    for name in filter(None, listed):
+        if (ROOT / name).is_file():
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy2(ROOT / name, folder / name)
+    for name in ("data", "models", "metrics"):  # outputs that Git does not have
+        shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
+    for path in sorted(folder.glob("m*/**/*")):
+        stem, _, suffix = path.name.partition(".")
+        for seed in range(1, seeds) if stem == "0" else ():
+            twin = path.with_name(f"{seed}.{suffix}".rstrip("."))
+            (shutil.copytree if path.is_dir() else shutil.copy2)(path, twin)
+            if "runs" in path.parts:
+                record = json.loads(path.read_text())
+                record |= {"seed": seed, "stage": f"{record['stage'].rsplit('-', 1)[0]}-{seed}"}
+                twin.write_text(json.dumps(record))
+    params = yaml.safe_load((folder / "params.yaml").read_text())
+    (folder / "params.yaml").write_text(yaml.safe_dump({**params, "seeds": [*range(seeds)]}, sort_keys=False))
+    run(folder, *GIT, "init", "-q")
+    run(folder, sys.executable, "-m", "stages.tabulate")
+    run(folder, sys.executable, "-m", "dvc", "commit", "-f", "-q")
+    run(folder, *GIT, "add", "-A")
+    run(folder, *GIT, "commit", "-qm", "study")
+
+
+def run(folder: Path, *command: str) -> str:
+    """Standard output of a command; it must succeed."""
+    environment = {**os.environ, "PYTHONPATH": str(folder)}
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    if done.returncode:
+        sys.exit(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
+    return done.stdout
+
+
+def best(measure: Callable[[], float]) -> float:
+    """The fastest of a few repetitions, in seconds."""
+    return min(measure() for _ in range(REPEATS))
+
+
+def wall(folder: Path, *command: str) -> float:
+    """Seconds that a command takes, imports included."""
+    start = time.perf_counter()
+    run(folder, *command)
+    return time.perf_counter() - start
+
+
+def main() -> None:
+    """Print seconds and ratios."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--seeds", type=int, default=3)
+    seeds = parser.parse_args().seeds
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        study(folder, seeds)
+        cells = json.loads((folder / "metrics/tables/cells.json").read_text())
+        print(run(folder, *AUDIT, "--all"), end="")
+        plain = best(lambda: wall(folder, *STATUS))
+        print(f"dvc status, hashes only        {plain:6.2f} s")
+        for label, wanted in ((f"--all over {len(cells)} cells", "--all"), ("one cell", next(iter(cells)))):
+            whole = best(lambda wanted=wanted: wall(folder, *AUDIT, wanted))
+            within = best(lambda wanted=wanted: float(run(folder, sys.executable, "-c", WITHIN, wanted)))
+            for what, seconds in ((label, whole), ("  after imports", within)):
+                print(f"{what:30} {seconds:6.2f} s  {seconds / plain:5.2f} of dvc status")
+
+
+if __name__ == "__main__":
+    main()
