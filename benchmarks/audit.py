@@ -14,6 +14,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import yaml
@@ -89,6 +90,11 @@ def wall(folder: Path, *command: str) -> float:
     return time.perf_counter() - start
 
 
+def after_imports(folder: Path, wanted: str) -> float:
+    """Seconds that an audit takes in a process that has done one before."""
+    return float(run(folder, sys.executable, "-c", WITHIN, wanted))
+
+
 def main() -> None:
     """Print seconds and ratios."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -99,11 +105,11 @@ def main() -> None:
         study(folder, seeds)
         cells = json.loads((folder / "metrics/tables/cells.json").read_text())
         print(run(folder, *AUDIT, "--all"), end="")
-        plain = best(lambda: wall(folder, *STATUS))
+        plain = best(partial(wall, folder, *STATUS))
         print(f"dvc status, hashes only        {plain:6.2f} s")
         for label, wanted in ((f"--all over {len(cells)} cells", "--all"), ("one cell", next(iter(cells)))):
-            whole = best(lambda wanted=wanted: wall(folder, *AUDIT, wanted))
-            within = best(lambda wanted=wanted: float(run(folder, sys.executable, "-c", WITHIN, wanted)))
+            whole = best(partial(wall, folder, *AUDIT, wanted))
+            within = best(partial(after_imports, folder, wanted))
             for what, seconds in ((label, whole), ("  after imports", within)):
                 print(f"{what:30} {seconds:6.2f} s  {seconds / plain:5.2f} of dvc status")
 
