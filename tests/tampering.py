@@ -2,10 +2,16 @@
 
 import json
 import shutil
+import sqlite3
 import subprocess
+from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
+from typing import Any
 
 import yaml
+from safetensors.torch import load_file, save_file
+from torch import Tensor
 
 CELL = "digits/pgd_at/0/pgd20"
 ATTACK = "metrics/attack/digits/pgd_at/0"
@@ -107,6 +113,101 @@ def code_after_commit(folder: Path) -> None:
                 dep["md5"] = "1" * 32
     (folder / "dvc.lock").write_text(yaml.safe_dump(found, sort_keys=False))
     subprocess.run([*GIT, "commit", "-qam", "tampered"], cwd=folder, check=True)
+
+
+def locked(folder: Path, stage: str, edit: Callable[[dict[str, Any]], None]) -> None:
+    """Edit the entry of a stage in dvc.lock."""
+    found = yaml.safe_load((folder / "dvc.lock").read_text())
+    edit(found["stages"][stage])
+    (folder / "dvc.lock").write_text(yaml.safe_dump(found, sort_keys=False))
+
+
+def lock_without_dependency(folder: Path) -> None:
+    def edit(entry: dict[str, Any]) -> None:
+        entry["deps"] = [dep for dep in entry["deps"] if dep["path"] != "dynat/step.py"]
+
+    locked(folder, "train_baseline@digits-pgd_at-0", edit)
+
+
+def lock_without_output(folder: Path) -> None:
+    def edit(entry: dict[str, Any]) -> None:
+        entry["outs"] = [out for out in entry["outs"] if not out["path"].endswith(".verdicts.json")]
+
+    locked(folder, "attack_baseline@digits-pgd_at-0", edit)
+
+
+def metric_removed(folder: Path) -> None:
+    (folder / f"{ATTACK}.json").unlink()
+
+
+def record_of_other_seed(folder: Path) -> None:
+    runs = folder / "metrics/runs/train/digits/pgd_at"
+    shutil.copy(runs / "1.json", runs / "0.json")
+
+
+def mlflow(folder: Path, change: str) -> None:
+    """Change the run of the attack in the MLflow store."""
+    record = json.loads((folder / "metrics/runs/attack/digits/pgd_at/0.json").read_text())
+    with closing(sqlite3.connect(folder / "mlflow.db")) as store, store:
+        assert store.execute(f"UPDATE {change} AND run_uuid = ?", (record["mlflow_run_id"],)).rowcount == 1
+
+
+def failed_mlflow_run(folder: Path) -> None:
+    mlflow(folder, "runs SET status = 'FAILED' WHERE true")
+
+
+def mlflow_run_of_other_weights(folder: Path) -> None:
+    mlflow(folder, f"tags SET value = '{'0' * 64}' WHERE key = 'model.sha256'")
+
+
+def witness(folder: Path, edit: Callable[[dict[str, Tensor], str, Tensor], None]) -> None:
+    """Edit the tensors of the witness; the second argument is the key's prefix, the third natural images."""
+    path = folder / f"{ATTACK}.witness.safetensors"
+    tensors, prefix = load_file(path), "best/pgd20"
+    natural = load_file(folder / "data/digits.safetensors")["test_images"][tensors[f"{prefix}/indices"]]
+    assert len(natural) > 1, "the run has nothing to tamper with"
+    edit(tensors, prefix, natural.float() / 255)
+    save_file(tensors, path)
+
+
+def witness_beyond_black(folder: Path) -> None:
+    """In the ball, but darker than black."""
+
+    def edit(tensors: dict[str, Tensor], prefix: str, natural: Tensor) -> None:
+        pixels, black = tensors[f"{prefix}/images"][0], natural[0] == 0
+        assert black.any()
+        pixels[black] = -0.05
+
+    witness(folder, edit)
+
+
+def witness_without_attack(folder: Path) -> None:
+    def edit(tensors: dict[str, Tensor], prefix: str, natural: Tensor) -> None:
+        tensors[f"{prefix}/images"] = natural
+
+    witness(folder, edit)
+
+
+def witness_dropped(folder: Path) -> None:
+    def edit(tensors: dict[str, Tensor], prefix: str, natural: Tensor) -> None:
+        for name in ("indices", "images"):
+            tensors[f"{prefix}/{name}"] = tensors[f"{prefix}/{name}"][1:].clone()
+
+    witness(folder, edit)
+
+
+def all_called_robust(folder: Path) -> None:
+    """Every sample that is right when clean is called robust, and no witness speaks against it."""
+    path = folder / f"{ATTACK}.verdicts.json"
+    found = json.loads(path.read_text())
+    found["best"]["pgd20"] = found["best"]["clean"]
+    path.write_text(json.dumps(found, indent=1) + "\n")
+
+    def edit(tensors: dict[str, Tensor], prefix: str, natural: Tensor) -> None:
+        for name in ("indices", "images"):
+            tensors[f"{prefix}/{name}"] = tensors[f"{prefix}/{name}"][:0].clone()
+
+    witness(folder, edit)
 
 
 def cut_metric(folder: Path) -> None:

@@ -213,7 +213,7 @@ def test_audit_does_not_import_torch() -> None:
         (tampering.cut_metric, f"{ATTACK}.json: cannot be read"),
         (tampering.cut_lock, "dvc.lock: cannot be read"),
         (tampering.table, "metrics/tables/digits.md: line"),
-        (tampering.cells, "prints '99.99 [99.9, 100.0]', the verdicts count"),
+        (tampering.cells, "its text is '99.99 [99.9, 100.0]', the verdicts give"),
         (tampering.metric, "/best/pgd20/accuracy says"),
         (tampering.verdicts, f"{ATTACK}.verdicts.json is not what the stage wrote"),
         (tampering.weights, "models/digits/pgd_at/0 is not what the stage wrote"),
@@ -226,6 +226,12 @@ def test_audit_does_not_import_torch() -> None:
         (tampering.other_seed, "metrics/runs/train/digits/pgd_at/0.json: is of the weights"),
         (tampering.stage_never_run, "has no entry in dvc.lock: it was never run"),
         (tampering.code_after_commit, "the tree was not clean"),
+        (tampering.lock_without_dependency, "the dependency dynat/step.py is not in dvc.lock"),
+        (tampering.lock_without_output, f"the output {ATTACK}.verdicts.json is not in dvc.lock"),
+        (tampering.metric_removed, f"{ATTACK}.json is missing"),
+        (tampering.record_of_other_seed, "0.json: is the record of train_baseline@digits-pgd_at-1"),
+        (tampering.failed_mlflow_run, "is FAILED"),
+        (tampering.mlflow_run_of_other_weights, "is FINISHED, of the weights 0000000000"),
     ],
 )
 def test_what_was_changed_is_named(
@@ -277,6 +283,27 @@ def test_a_witness_outside_the_ball_is_refused(repository: Path) -> None:
     result = process(repository, CELL, "--deep")
     assert result.returncode == 1
     assert "1 adversarial images lie outside the ball of" in result.stdout
+
+
+@slow
+@pytest.mark.parametrize(
+    ("forge", "said"),
+    [
+        (tampering.witness_beyond_black, "1 adversarial images leave [0,1]"),
+        (tampering.witness_without_attack, "adversarial images are classified right by the stored weights"),
+        (tampering.witness_dropped, "1 samples are called broken without a witness"),
+        (tampering.all_called_robust, "random robust samples withstand pgd20 again"),
+        (tampering.weights, "is of other weights than"),
+    ],
+)
+def test_evidence_that_does_not_hold_is_refused(
+    repository: Path, forge: Callable[[Path], None], said: str
+) -> None:
+    forge(repository)
+    result = process(repository, CELL, "--deep")
+    assert result.returncode == 1
+    found = [line for line in result.stdout.splitlines() if line.startswith("✗")]
+    assert any(said in line for line in found), result.stdout + result.stderr
 
 
 @slow

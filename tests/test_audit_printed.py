@@ -84,7 +84,7 @@ def no_sources(cells: dict[str, Any]) -> None:
         (other_source, f"{SETTING}/dynat/0/aa", "is not what tabulate writes"),
         (difference, CELL, "prints the difference +0.01, it is"),
         (published, CELL, "is not what tabulate writes"),
-        (rule, CELL, "prints '68.75 ± 1.77', the verdicts count '68.75 ± 1.77'"),
+        (rule, CELL, "its rule is 'share', the verdicts give 'mean_sd'"),
         (no_sources, CELL, "unreadable (KeyError('sources'))"),
     ],
 )

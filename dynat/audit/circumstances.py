@@ -60,7 +60,7 @@ def _described(root: Path, name: str, record: dict[str, Any], model_sha256: str)
         return good("circumstances", name, "; ".join([*parts, "no MLflow run"]))
     stored = _mlflow(root, run_id)
     if stored is None:
-        parts.append(f"MLflow run {run_id[:10]} (store not at hand)")
+        parts.append(f"MLflow run {run_id[:10]} (not in a store at hand)")
     else:
         status, model = stored
         if status != "FINISHED" or model not in (None, model_sha256):

@@ -106,6 +106,8 @@ def _workflow(crate: Any, root: Path) -> Any:
 
 def _file(crate: Any, root: Path, name: str) -> Any:
     path = root / name
+    if not path.resolve().is_relative_to(root.resolve()):
+        raise UserError(f"{name}: lies outside the repository and is not exported; run dvc repro tabulate")
     if not path.is_file():
         raise UserError(f"{name}: missing, so there is nothing to export; run dvc repro")
     data = path.read_bytes()

@@ -70,7 +70,7 @@ def _clean(lineage: Lineage, commit: str, names: list[str]) -> list[Link]:
     subject = f"commit {commit[:10]} ({when})"
     if wrong:
         text = f"{some(wrong)} differ from what {some(names, 2)} ran with: the tree was not clean"
-        return [broken("commit", subject, text, "run dvc repro and commit code and dvc.lock together")]
+        return [broken("commit", subject, text, "commit code and dvc.lock together, after dvc repro")]
     text = f"brought {some(names, 2)}; tree clean, its {len(hashes)} code files are those that ran"
     details = [f"{path}: {md5} then, {lineage.hash(path)} now" for path, md5 in hashes.items()]
     return [good("commit", subject, text, details)]
@@ -136,5 +136,8 @@ def _entries(text: str) -> dict[str, str]:
 
 
 def _git(root: Path, *arguments: str, stdin: bytes = b"") -> bytes | None:
-    done = subprocess.run(["git", *arguments], cwd=root, input=stdin, capture_output=True)
+    try:
+        done = subprocess.run(["git", *arguments], cwd=root, input=stdin, capture_output=True)
+    except OSError:  # no git
+        return None
     return done.stdout if done.returncode == 0 else None

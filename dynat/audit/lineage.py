@@ -122,16 +122,15 @@ class Lineage:
         if not entry:
             return [broken("chain", name, f"has no entry in {LOCK}: it was never run", "run dvc repro")]
         stage = self.stages[name]
-        outs = list(self._outs(stage, entry))
-        faults = [*self._command(stage, entry), *self._dependencies(stage, entry)]
-        faults += [link for link in outs if link.state == "broken"]
-        if faults:
+        deps, params = list(self._dependencies(stage, entry)), _locked_params(entry)
+        links = [*self._command(stage, entry), *deps, *self._outs(stage, entry)]
+        if faults := [link for link in links if link.state == "broken"]:
             return faults
-        missing = [link.text for link in outs if link.state == "absent"]
-        deps, params = locked(entry, "deps"), _locked_params(entry)
+        missing = [link.text for link in links]
+        hashes = len(locked(entry, "deps")) - len(deps)  # without the deps that cannot be checked here
         here = f"; not here: {some(missing)} (dvc pull brings it)" if missing else ""
         made = some(f"{path.rsplit('/', 1)[-1]} {md5[:8]}" for path, md5 in locked(entry, "outs").items())
-        text = f"command, {len(params)} parameters and {len(deps)} hashes hold → {made}{here}"
+        text = f"command, {len(params)} parameters and {hashes} hashes hold → {made}{here}"
         return [good("chain", name, text)]
 
     def _command(self, stage: PipelineStage, entry: Mapping[str, Any]) -> Iterator[Link]:
@@ -169,7 +168,10 @@ class Lineage:
                     producer = self.producers[path]
                     yield broken("chain", name, f"used another {path} than {producer} wrote", "run dvc repro")
             elif below:
-                if not self._gathered(path, ran[path]):
+                known = self._gathered(path, ran[path])
+                if known is None:
+                    yield absent("chain", name, f"the files in {path}/")
+                elif not known:
                     text = f"used another content of {path} than its stages wrote (rerun since?)"
                     yield broken("chain", name, text, "run dvc repro")
             elif self.hash(path) != ran[path]:
@@ -177,8 +179,8 @@ class Lineage:
         if changed:
             yield broken("chain", name, f"{some(changed)} since it ran", RERUN)
 
-    def _gathered(self, folder: str, wanted: str) -> bool:
-        """Whether the outputs below ``folder`` make up the directory hash ``wanted``.
+    def _gathered(self, folder: str, wanted: str) -> bool | None:
+        """Whether the outputs below ``folder`` make up the directory hash ``wanted``, None if unknown here.
 
         Files beside them, and outputs of stages no longer selected, count where they are at hand.
         """
@@ -193,7 +195,7 @@ class Lineage:
                     continue
                 inside = self.listing(path, md5)
                 if inside is None:  # a folder whose listing only the cache has
-                    return True
+                    return None
                 listing |= {f"{path}/{name}": each for name, each in inside.items()}
             for path in here:
                 if path not in listing and not any(path.startswith(f"{out}/") for out in known):

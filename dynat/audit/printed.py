@@ -57,10 +57,10 @@ class Printed:
             robust = self._robust(source)
             counts.append(Count(source["seed"], sum(robust), len(robust)))
         again = printed(counts)
-        stated = (cell["text"], cell["rule"], cell["format"], cell["numbers"])
-        if stated != (again.text, again.rule, again.format, again.numbers):
-            text = f"prints {cell['text']!r}, the verdicts count {again.text!r}"
-            return broken("printed", key, text, RETABULATE)
+        for name in ("text", "rule", "format", "numbers"):
+            if cell[name] != (counted := getattr(again, name)):
+                text = f"its {name} is {cell[name]!r}, the verdicts give {counted!r}"
+                return broken("printed", key, text, RETABULATE)
         if "published" in cell:
             from dynat.comparison import difference
 
