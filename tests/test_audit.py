@@ -194,13 +194,15 @@ def test_a_cell_takes_less_than_two_seconds(repository: Path) -> None:
     assert time.process_time() - start < 2
 
 
-def test_audit_does_not_import_torch() -> None:
+def test_audit_imports_neither_torch_nor_mlflow_nor_matplotlib() -> None:
     code = (
-        "import sys; import dynat.audit.__main__, dynat.audit.lineage, dynat.audit.history;"
-        "import dynat.audit.evidence, dynat.audit.circumstances;"
-        "sys.exit('torch' in sys.modules or 'mlflow' in sys.modules)"
+        "import sys; import dynat.audit.evidence, dynat.audit.crate; from dynat.audit.__main__ import main\n"
+        "main(['--all'])\n"
+        "sys.exit(any(name in sys.modules for name in ('torch', 'mlflow', 'matplotlib')))"
     )
-    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0
+    result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
+    assert result.returncode == 0, result.stderr
+    assert " cells: " in result.stdout
 
 
 # ------------------------------------------------------------------------------------------------- tampering
@@ -380,6 +382,43 @@ def test_the_profiles_validator_accepts_the_crate_and_no_spoilt_one(
         ]
         metadata.write_text(json.dumps({**whole, "@graph": graph}))
         assert crates.faults(folder, "required"), f"{entity} without {key}"
+
+
+@slow
+def test_crate_takes_no_file_from_outside_the_repository(repository: Path, tmp_path: Path) -> None:
+    pytest.importorskip("rocrate", reason="needs the extra crate")
+    (tmp_path / "secret").write_text("secret")
+    path = repository / "metrics/tables/cells.json"
+    found = json.loads(path.read_text())
+    found[CELL]["sources"][0]["verdicts"] = "../secret"
+    path.write_text(json.dumps(found))
+    assert main([CELL, "--crate", str(tmp_path / "crate")]) == 2
+    assert not (tmp_path / "crate").exists()
+
+
+@slow
+def test_the_commit_that_brought_an_entry_is_found_behind_many_later_ones(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    lock = repository / "dvc.lock"
+    entries = lock.read_text()
+
+    def commit(message: str) -> str:
+        subprocess.run([*GIT, "commit", "-qam", message], cwd=repository, check=True)
+        head = ["git", "rev-parse", "HEAD"]
+        return subprocess.run(head, cwd=repository, check=True, capture_output=True, text=True).stdout[:10]
+
+    lock.unlink()
+    commit("lost")
+    lock.write_text(entries)
+    subprocess.run(["git", "add", "dvc.lock"], cwd=repository, check=True)
+    found = commit("restored")
+    for number in range(40):
+        lock.write_text(f"{entries}  other{number}:\n    cmd: 'true'\n")
+        commit(f"other {number}")
+    assert main([CELL]) == 0
+    lines = [line for line in capsys.readouterr().out.splitlines() if line.startswith("✓ commit ")]
+    assert [line.split()[2] for line in lines] == [found]
 
 
 @slow
