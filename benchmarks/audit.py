@@ -3,6 +3,9 @@
 ``python benchmarks/audit.py [--seeds 3]``, after ``dvc repro``: in a copy of the repository the results of
 seed 0 stand for several seeds, DVC itself writes their ``dvc.lock``, and the tables are made anew. Every link
 is checked as in earnest, with all outputs at hand; the audit fails here if one is broken.
+
+On 2 busy virtual cores, 2 seeds: 360 cells in 3.1 s after imports (6.5 s with them), one cell in 1.4 s;
+``dvc status``, which checks hashes alone, 13.6 s.
 """
 
 import argparse
