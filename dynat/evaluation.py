@@ -3,7 +3,8 @@
 Evaluation is float32 in eval mode. Constants and freezing as in the published evaluator (methods.md 3.4):
 a sample stays where it is as soon as it is misclassified, so it needs no further forward, and PGD-10, -20,
 -50 and -100 are read off one trajectory. A sample's random start depends on (seed, its index) alone:
-verdicts do not depend on the batch size.
+verdicts do not depend on the batch size. Gradients are those of the folded network (``dynat.folding``), and
+no sample counts as broken before the network itself, as stored, misclassifies its image.
 """
 
 import hashlib
@@ -16,6 +17,7 @@ from torch import Tensor, nn
 
 from dynat import attacks
 from dynat.data import to_unit
+from dynat.folding import fold
 from dynat.params import Attack
 
 
@@ -41,10 +43,11 @@ def evaluate(
     ``images`` uint8 [n,C,H,W], ``labels`` int64 [n]; ``advance(count)`` is called after each batch.
     Returns the evidence of clean, fgsm, pgd<k>, cw and apgd-ce, in that order.
     """
+    crafting = fold(network)
     parts: dict[str, list[Evidence]] = {}
     for first in range(0, len(images), spec.batch):
         x, y = to_unit(images[first : first + spec.batch]), labels[first : first + spec.batch]
-        for name, evidence in _attack_batch(network, x, y, spec, which, first).items():
+        for name, evidence in _attack_batch(network, crafting, x, y, spec, which, first).items():
             evidence.indices += first
             parts.setdefault(name, []).append(evidence)
         advance(len(x))
@@ -61,7 +64,13 @@ def join(parts: list[Evidence]) -> Evidence:
 
 
 def _attack_batch(
-    network: nn.Module, x: Tensor, y: Tensor, spec: Attack, which: Collection[str], first: int
+    network: nn.Module,
+    crafting: nn.Module,
+    x: Tensor,
+    y: Tensor,
+    spec: Attack,
+    which: Collection[str],
+    first: int,
 ) -> dict[str, Evidence]:
     clean = predict(network, x) == y
     nothing = torch.zeros(0, dtype=torch.long, device=x.device)
@@ -77,17 +86,21 @@ def _attack_batch(
     start = attacks.uniform_start(x, spec.epsilon, sample_noise(x, spec.seed, first + where))
     if "fgsm" in which:
         adversarial = attacks.ascend(
-            network, attacks.cross_entropy(y), x, x, epsilon=spec.epsilon, step=spec.epsilon, steps=1
+            crafting, attacks.cross_entropy(y), x, x, epsilon=spec.epsilon, step=spec.epsilon, steps=1
         )
         add("fgsm", adversarial, predict(network, adversarial) == y)
     if "pgd" in which:
-        for k, adversarial, robust in pgd(network, x, y, start, spec, spec.pgd, attacks.cross_entropy):
+        for k, adversarial, robust in pgd(
+            network, x, y, start, spec, spec.pgd, attacks.cross_entropy, crafting
+        ):
             add(f"pgd{k}", adversarial, robust)
     if "cw" in which:
-        for _, adversarial, robust in pgd(network, x, y, start, spec, [spec.cw_steps], attacks.margin):
+        for _, adversarial, robust in pgd(
+            network, x, y, start, spec, [spec.cw_steps], attacks.margin, crafting
+        ):
             add("cw", adversarial, robust)
     if "apgd-ce" in which:
-        adversarial = apgd(network, x, y, spec)
+        adversarial = apgd(crafting, x, y, spec)
         add("apgd-ce", adversarial, predict(network, adversarial) == y)
     return found
 
@@ -100,31 +113,54 @@ def pgd(
     spec: Attack,
     checkpoints: list[int],
     objective: Callable[[Tensor], attacks.Loss],
+    crafting: nn.Module | None = None,
 ) -> list[tuple[int, Tensor, Tensor]]:
     """Ascend ``objective(y)`` and report (k, x', robust [B]) after each k of ``checkpoints``.
 
     Each verdict is that of an attack of k steps: broken samples are frozen and left out of later forwards.
+    One forward of ``crafting`` (default: the network) gives an iterate's verdict and its gradient.
     """
+    crafting = network if crafting is None else crafting
     adversarial = attacks.project(start, x, spec.epsilon)
-    robust = predict(network, adversarial) == y
+    robust = torch.ones(len(x), dtype=torch.bool, device=x.device)
     reports = []
-    for step in range(1, max(checkpoints) + 1):
+    for step in range(max(checkpoints)):
         alive = robust.nonzero().squeeze(1)
+        reached = adversarial
         if len(alive):
+            verdict = _Verdict(network, adversarial[alive], y[alive])
             moved = attacks.ascend(
-                network,
+                crafting,
                 objective(y[alive]),
                 x[alive],
-                adversarial[alive],
+                verdict.images,
                 epsilon=spec.epsilon,
                 step=spec.step,
                 steps=1,
+                moving=verdict,
             )
+            robust = robust.index_copy(0, alive, verdict.robust)
             adversarial = adversarial.index_copy(0, alive, moved)
-            robust = robust.index_copy(0, alive, predict(network, moved) == y[alive])
         if step in checkpoints:
-            reports.append((step, adversarial, robust))
-    return reports
+            reports.append((step, reached, robust))
+    alive = robust.nonzero().squeeze(1)
+    robust = robust.index_copy(0, alive, predict(network, adversarial[alive]) == y[alive])
+    return [*reports, (max(checkpoints), adversarial, robust)]
+
+
+class _Verdict:
+    """Who of ``images`` [B,C,H,W] is still classified as ``labels`` [B], and so takes the next step."""
+
+    def __init__(self, network: nn.Module, images: Tensor, labels: Tensor) -> None:
+        self.network, self.images, self.labels = network, images, labels
+        self.robust = torch.ones_like(labels, dtype=torch.bool)
+
+    def __call__(self, logits: Tensor) -> Tensor:
+        """The bool [B], from what the crafting network says and, where that is a success, the network."""
+        suspects = (logits.argmax(1) != self.labels).nonzero().squeeze(1)
+        kept = predict(self.network, self.images[suspects]) == self.labels[suspects]
+        self.robust = self.robust.index_copy(0, suspects, kept)
+        return self.robust
 
 
 def apgd(network: nn.Module, x: Tensor, y: Tensor, spec: Attack) -> Tensor:
