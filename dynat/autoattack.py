@@ -3,6 +3,10 @@
 One piece is one of the four attacks on one chunk of consecutive test images, those of them that are still
 robust. The package's own resume cannot be used (it refuses every state file it wrote), and its randomness
 depends on seed and batch, so both are parameters and chunks are cut by index.
+
+Images are crafted with a faster equal of the network (``dynat.folding``), in bf16 where the study asks for
+it; every verdict is the float32 network's own, as stored. A success of bf16 that it does not confirm is
+attacked again in float32.
 """
 
 import logging
@@ -18,7 +22,9 @@ from torch import Tensor, nn
 from dynat.attacks import project
 from dynat.data import to_unit
 from dynat.evaluation import Evidence, join, predict
+from dynat.folding import fold, mixed
 from dynat.params import AutoAttack
+from dynat.square import Square
 from dynat.workers import share
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -52,9 +58,8 @@ def run(
     before it. ``load`` and ``save`` keep finished pieces by name, ``notify(what)`` is called after each.
     Returns None if ``stopped`` asked to leave; on a CPU several chunks run at once and stop at once.
     """
-    package = Package(
-        network, norm="Linf", eps=spec.epsilon, seed=spec.seed, version="standard", device=images.device
-    )
+    crafting = [fold(network)] if spec.precision == "fp32" else [mixed(network), fold(network)]
+    packages = [_package(each, spec, images.device) for each in crafting]
 
     def chunk(first: int, say: Notify) -> tuple[dict[str, Evidence], list[str]]:
         """All pieces of the chunk that begins at ``first``, from the store where they are there."""
@@ -69,7 +74,7 @@ def run(
             if piece is None:
                 if stopped():
                     raise StoppedError
-                piece = _run_piece(package, attack, x, y, evidence.robust, spec)
+                piece = _run_piece(network, packages, attack, x, y, evidence.robust, spec)
                 save(name, piece)
                 say(f"{attack} {min(first + spec.batch, len(images))}/{len(images)}")
             evidence = steps[attack] = _add(evidence, piece)
@@ -94,19 +99,42 @@ def run(
     return joined, warnings
 
 
+def _package(crafting: nn.Module, spec: AutoAttack, device: torch.device) -> Package:
+    package = Package(
+        crafting, norm="Linf", eps=spec.epsilon, seed=spec.seed, version="standard", device=device
+    )
+    package.square = Square(package.square)
+    return package
+
+
 def _run_piece(
-    package: Package, attack: str, x: Tensor, y: Tensor, robust: Tensor, spec: AutoAttack
+    network: nn.Module,
+    packages: list[Package],
+    attack: str,
+    x: Tensor,
+    y: Tensor,
+    robust: Tensor,
+    spec: AutoAttack,
 ) -> Piece:
-    """One attack on the still robust samples of a chunk: which of them break, and how."""
+    """One attack on the still robust samples of a chunk: which of them break, and how.
+
+    The first of ``packages`` attacks them all, the next those whose success ``network`` did not confirm.
+    """
     where = robust.nonzero().squeeze(1)
-    if not len(where):
-        return {"broken": where.cpu(), "images": x[where].cpu(), "warnings": []}
-    package.attacks_to_run = [attack]
+    broken, images = [where[:0]], [x[:0]]
     with _warnings() as warnings:
-        adversarial, _ = package.run_standard_evaluation(x[where], y[where], batch_size=spec.batch)
-    adversarial = project(adversarial, x[where], spec.epsilon)  # rounding may leave the ball by one ulp
-    broken = predict(package.model, adversarial) != y[where]
-    return {"broken": where[broken].cpu(), "images": adversarial[broken].cpu(), "warnings": warnings}
+        for package in packages:
+            if not len(where):
+                break
+            package.attacks_to_run = [attack]
+            clean, labels = x[where], y[where]
+            adversarial, predicted = package.run_standard_evaluation(clean, labels, batch_size=spec.batch)
+            adversarial = project(adversarial, clean, spec.epsilon)  # rounding may leave the ball by one ulp
+            confirmed = predict(network, adversarial) != labels
+            broken.append(where[confirmed])
+            images.append(adversarial[confirmed])
+            where = where[(predicted != labels) & ~confirmed]
+    return {"broken": torch.cat(broken).cpu(), "images": torch.cat(images).cpu(), "warnings": warnings}
 
 
 def _add(evidence: Evidence, piece: Piece) -> Evidence:

@@ -148,6 +148,7 @@ class AutoAttack(Model):
     batch: Count = 200  # also the size of a resumable chunk
     seed: Index = 0
     workers: Count = 1  # processes on a CPU; no verdict depends on it
+    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: crafted in bf16, every success verified in fp32
 
 
 class Machine(Model):

@@ -82,7 +82,7 @@ def stage() -> int:
         header = {
             "epsilon": spec.epsilon,
             "attack_seed": spec.seed,
-            "precision": "fp32",
+            "precision": "fp32" if spec.precision == "fp32" else "mixed",
             "model_sha256": model,
             "best_epoch": epoch,
             "warnings": warnings,
