@@ -7,7 +7,7 @@ import torch
 from pyautoattack import AutoAttack as Package
 from torch import Tensor, nn
 
-from dynat.autoattack import STANDARD, run
+from dynat.autoattack import STANDARD, _package, _run_piece, run
 from dynat.networks import build
 from dynat.params import AutoAttack
 
@@ -51,9 +51,15 @@ def attack(network: nn.Module, labels: Tensor, spec: AutoAttack, kept: dict[str,
     return outcome
 
 
+FORWARDED: list[int] = []  # rows of every forward of the run in two chunks
+
+
 @pytest.fixture(scope="module")
 def in_two_chunks(network: nn.Module, labels: Tensor) -> Any:
-    return attack(network, labels, small(4), {})
+    hook = network.register_forward_hook(lambda _, inputs, output: FORWARDED.append(len(output)))
+    found = attack(network, labels, small(4), {})
+    hook.remove()
+    return found
 
 
 def test_one_chunk_gives_the_verdicts_of_the_package(network: nn.Module, labels: Tensor) -> None:
@@ -116,3 +122,37 @@ def test_witnesses_are_misclassified_in_the_ball(
 def test_the_packages_warnings_are_returned(network: nn.Module, labels: Tensor) -> None:
     _, warnings = attack(nn.Sequential(network, nn.Softmax(1)).eval(), labels, small(8), {})
     assert any("probability distribution" in warning for warning in warnings)
+
+
+def test_no_forward_of_any_attack_is_larger_than_the_batch(in_two_chunks: Any) -> None:
+    assert len(FORWARDED) > 5000  # the copies that craft are counted too
+    assert max(FORWARDED) == 4 < len(IMAGES)
+
+
+def test_crafted_in_bf16_no_success_is_false_and_few_are_missed(
+    network: nn.Module, labels: Tensor, in_two_chunks: Any
+) -> None:
+    found, _ = attack(network, labels, small(4).model_copy(update={"precision": "bf16"}), {})
+    evidence = found["square"]
+    assert len(evidence.indices) == int((~evidence.robust).sum()) > 0
+    assert (network(evidence.images).argmax(1) != labels[evidence.indices]).all()
+    assert ((evidence.images - (IMAGES / 255)[evidence.indices]).abs() <= 0.05 + 1e-6).all()
+    assert int((evidence.robust != in_two_chunks[0]["square"].robust).sum()) <= 1
+
+
+def test_what_float32_does_not_confirm_is_attacked_again_in_float32(
+    network: nn.Module, labels: Tensor
+) -> None:
+    spec, x = small(8), IMAGES / 255
+    wrong = nn.Sequential(network, nn.Flatten(1)).eval()
+    wrong[1].register_forward_hook(lambda _, inputs, logits: logits.roll(1, 1))  # every verdict is wrong
+    liar, honest = (_package(each, spec, x.device) for each in (wrong, network))
+    everybody = torch.ones(8, dtype=torch.bool)
+    alone, expected, found = (
+        _run_piece(network, packages, "apgd-ce", x, labels, everybody, spec)
+        for packages in ([liar], [honest], [liar, honest])
+    )
+    assert len(expected["broken"]) > 0
+    assert len(alone["broken"]) == 0
+    assert torch.equal(found["broken"], expected["broken"])
+    assert torch.equal(found["images"], expected["images"])

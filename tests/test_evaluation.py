@@ -1,11 +1,14 @@
 """Evaluation attacks against a plain loop written from methods.md 3.4."""
 
+from collections.abc import Iterator
+
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynat.evaluation import Evidence, evaluate, sample_noise
+from dynat import attacks
+from dynat.evaluation import Evidence, evaluate, pgd, sample_noise
 from dynat.networks import build
 from dynat.params import Attack
 
@@ -106,6 +109,51 @@ def test_no_verdict_depends_on_the_batch(
     )
     for name, evidence in again.items():
         assert torch.equal(evidence.robust, found[name].robust)
+
+
+@pytest.fixture
+def forwarded(network: nn.Module) -> Iterator[list[int]]:
+    """Rows of every forward, of the network and of its folded copy, which inherits the hook."""
+    rows: list[int] = []
+    hook = network.register_forward_hook(lambda _, inputs, output: rows.append(len(output)))
+    yield rows
+    hook.remove()
+
+
+def test_no_forward_is_larger_than_the_batch(
+    network: nn.Module, images: Tensor, labels: Tensor, forwarded: list[int]
+) -> None:
+    evaluate(network, images, labels, SPEC, EVERYTHING, lambda _: None)
+    assert max(forwarded) == SPEC.batch < len(images)
+
+
+def test_a_step_of_pgd_costs_one_forward_of_the_samples_still_robust(
+    network: nn.Module, images: Tensor, forwarded: list[int]
+) -> None:
+    with torch.no_grad():
+        labels = network(images / 255).argmax(1)
+    forwarded.clear()
+    spec = SPEC.model_copy(update={"epsilon": 1e-6, "pgd": [3, 8], "batch": 40})  # nothing breaks
+    found = evaluate(network, images, labels, spec, ("pgd",), lambda _: None)
+    assert found["pgd8"].robust.all()
+    assert forwarded == [40] * (1 + 8 + 1)  # clean, eight gradients, the last verdict
+    forwarded.clear()
+    broken = int((~evaluate(network, images, labels, SPEC, ("pgd",), lambda _: None)["pgd8"].robust).sum())
+    assert broken > 0
+    assert sum(forwarded) < 40 * (1 + 8 + 1)
+
+
+def test_a_success_that_only_the_crafting_network_sees_is_none(
+    network: nn.Module, images: Tensor, labels: Tensor
+) -> None:
+    x, y = images[:7] / 255, labels[:7]
+    right = network(x).argmax(1) == y
+    assert right.any()
+    blind = nn.Sequential(network, nn.Hardtanh(-1e-9, 1e-9)).eval()  # poor verdicts, and no gradient
+    assert (blind(x).argmax(1) != y)[right].any()
+    ((_, unmoved, robust),) = pgd(network, x, y, x, SPEC, [4], attacks.cross_entropy, blind)
+    assert torch.equal(unmoved, x)
+    assert torch.equal(robust, right)
 
 
 def test_a_network_in_training_mode_is_refused(network: nn.Module, images: Tensor, labels: Tensor) -> None:
