@@ -10,6 +10,8 @@ from contextlib import contextmanager
 import torch
 from torch import Tensor, nn
 
+from dynat import parallel
+
 
 def perturbable(network: nn.Module) -> list[nn.Parameter]:
     """Parameters that AWP moves: trained, more than one dimension and "weight" in the name."""
@@ -17,9 +19,13 @@ def perturbable(network: nn.Module) -> list[nn.Parameter]:
     return [p for name, p in named if p.requires_grad and p.ndim > 1 and "weight" in name]
 
 
-def direction(loss: Tensor, parameters: list[nn.Parameter], gamma: float) -> list[Tensor]:
-    """Per tensor gamma * ||w|| * g / ||g||: where ``loss`` grows fastest, at a fixed relative length."""
+def direction(loss: Tensor, parameters: list[nn.Parameter], gamma: float, count: int = 1) -> list[Tensor]:
+    """Per tensor gamma * ||w|| * g / ||g||: where ``loss`` grows fastest, at a fixed relative length.
+
+    Of several processes' losses, each the mean over ``count`` samples, the mean over all samples counts.
+    """
     gradients = torch.autograd.grad(loss, parameters, allow_unused=True)
+    parallel.average([gradient for gradient in gradients if gradient is not None], count)
     return [
         torch.zeros_like(p) if g is None else g * (gamma * p.detach().norm() / (g.norm() + 1e-20))
         for p, g in zip(parameters, gradients, strict=True)

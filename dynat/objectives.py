@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynat import parallel
 from dynat.attacks import margins, wide
 from dynat.recipes import Objective, Weights
 
@@ -94,7 +95,7 @@ def instance_weights(
 ) -> Tensor | None:
     """Weights [B] of the robust terms, without gradient, or None while they are uniform.
 
-    GAIRAT: (1 + tanh(Lambda + 5 (1 - 2 kappa / K))) / 2, brought to mean 1 over the batch. MAIL:
+    GAIRAT: (1 + tanh(Lambda + 5 (1 - 2 kappa / K))) / 2, brought to mean 1 over the whole batch. MAIL:
     scale * sigmoid(slope * (margin + bias)) on the probabilities of the training forward, not normalised.
     """
     if rule.rule == "uniform" or epoch < rule.begin:
@@ -103,6 +104,7 @@ def instance_weights(
         assert kappa is not None
         exponent = rule.shift + 5 * (1 - 2 * kappa.to(wide(adversarial).dtype) / steps)
         raw = torch.sigmoid(2 * exponent)  # the same number, without tanh's cancellation near -1
-        return raw * (len(raw) / raw.sum())
+        count = parallel.total(torch.tensor(len(raw), device=raw.device)) if parallel.size() > 1 else len(raw)
+        return raw * (count / parallel.total(raw.sum()))
     difficulty = margins(F.softmax(wide(adversarial.detach()), dim=1), labels)
     return rule.scale * torch.sigmoid(rule.slope * (difficulty + rule.bias))

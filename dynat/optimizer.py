@@ -24,6 +24,10 @@ class SGD:
         for parameter in self.parameters:
             parameter.grad = None
 
+    def gradients(self) -> list[Tensor]:
+        """The gradients at hand, in the order of the parameters."""
+        return [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+
     @torch.no_grad()
     def step(self) -> None:
         """One update with the gradients at hand."""
@@ -32,7 +36,7 @@ class SGD:
             return
         weights: list[Tensor] = [self.parameters[index] for index in moving]
         velocities = [self.velocity[index] for index in moving]
-        gradients = [weight.grad for weight in weights if weight.grad is not None]
+        gradients = self.gradients()
         if self.weight_decay:
             gradients = list(torch._foreach_add(gradients, weights, alpha=self.weight_decay))
         torch._foreach_mul_(velocities, self.momentum)

@@ -11,15 +11,16 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
-from dynat import attacks, objectives
+from dynat import attacks, objectives, parallel
 from dynat.awp import direction, perturbable, perturbed
 from dynat.batchnorm import effective_momenta, statistics
+from dynat.frozen import Frozen
 from dynat.optimizer import SGD
 from dynat.recipes import Recipe, Stop
 
 
 class Batch(NamedTuple):
-    """A training batch and its random draws; ``start`` and ``jitter`` are unscaled."""
+    """A training batch, or a process's slice of it, and its random draws; these are unscaled."""
 
     images: Tensor  # float32 [B,C,H,W] in [0,1]
     truth: Tensor  # int64 [B]
@@ -36,7 +37,11 @@ class Outcome(NamedTuple):
 
 
 class Engine:
-    """Target, guide and optimiser of one training, and the recipe that drives them."""
+    """Target, guide and optimiser of one training, and the recipe that drives them.
+
+    ``precision`` is the type of the matrix products. With ``fold`` the inner loop attacks a simplified copy
+    of the target (dynat.frozen): faster, and the same up to rounding.
+    """
 
     def __init__(
         self,
@@ -44,14 +49,17 @@ class Engine:
         target: nn.Module,
         guide: nn.Module | None,
         precision: torch.dtype = torch.float32,
+        fold: bool = False,
     ) -> None:
         self.recipe, self.target, self.guide, self.precision = recipe, target, guide, precision
+        self.fold = fold and recipe.inner.mode == "eval"  # batch statistics cannot be folded
+        self._frozen: Frozen | None = None
         if recipe.needs_guide and guide is None:
             raise ValueError("the recipe needs a guide")
-        networks = [target] if guide is None else [target, guide]
+        self.networks = [target] if guide is None else [target, guide]
         schedule = recipe.schedule
         self.optimizer = SGD(
-            [parameter for network in networks for parameter in network.parameters()],
+            [parameter for network in self.networks for parameter in network.parameters()],
             lr=schedule.lr,
             momentum=schedule.momentum,
             weight_decay=schedule.weight_decay,
@@ -112,11 +120,15 @@ class Engine:
             guide_loss, guide_correct = self._guide_loss(guide_logits, truth)
             self.optimizer.zero_grad()
             (target_loss + guide_loss).backward()  # Eq. 6
+            parallel.average(self.optimizer.gradients(), len(truth))
             self.optimizer.step()
         for _ in range(self.forwards_after):
             with torch.no_grad(), self._autocast():
                 self.target(batch.images)
-        return Outcome(target_loss.detach(), guide_loss.detach(), guide_correct)
+        parallel.share_first(buffer for network in self.networks for buffer in network.buffers())
+        outcome = Outcome(target_loss.detach(), guide_loss.detach(), parallel.total(guide_correct))
+        parallel.average(outcome[:2], len(truth))
+        return outcome
 
     def _autocast(self) -> AbstractContextManager[object]:
         if self.precision == torch.float32:
@@ -157,11 +169,11 @@ class Engine:
         inner, images = self.recipe.inner, batch.images
         if inner.steps == 0:
             return images, None
-        self.target.train(inner.mode == "train")
+        attacked = self._attacked(images)
 
         def forward(x: Tensor) -> Tensor:
             with self._autocast():
-                return self.target(x)
+                return attacked(x)
 
         if inner.loss == "kl":
             with torch.no_grad():
@@ -195,6 +207,17 @@ class Engine:
                 forward(adversarial)
         return adversarial, counter.kappa if counter else None
 
+    def _attacked(self, images: Tensor) -> attacks.Forward:
+        """The target as the inner loop forwards it, in the mode that the recipe asks for."""
+        self.target.train(self.recipe.inner.mode == "train")
+        if not self.fold:
+            return self.target
+        if self._frozen is None:
+            self._frozen = Frozen(self.target, images[:1], self.precision)
+        else:
+            self._frozen.refresh()
+        return self._frozen
+
     def _weight_perturbation(
         self, batch: Batch, adversarial: Tensor, dynamic: Tensor, guide_logits: Tensor | None
     ) -> AbstractContextManager[None]:
@@ -214,7 +237,7 @@ class Engine:
             labels=dynamic if awp.labels == "guide" else batch.truth,
         )
         parameters = perturbable(self.target)
-        return perturbed(parameters, direction(loss, parameters, awp.gamma))
+        return perturbed(parameters, direction(loss, parameters, awp.gamma, len(batch.truth)))
 
 
 def _all_of(watchers: list[attacks.CorrectSteps | attacks.EarlyStop]) -> attacks.Moving:

@@ -12,7 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynat import attacks
+from dynat import attacks, parallel
 from dynat.data import Splits, augment, to_unit
 from dynat.errors import UserError
 from dynat.recipes import Recipe, Train
@@ -41,6 +41,12 @@ class Training:
         if train.batch > len(data.train_images):
             available = len(data.train_images)
             raise UserError(f"train.batch: {train.batch} is larger than the {available} training images")
+        last = len(data.train_images) % train.batch or train.batch
+        if last < parallel.size():
+            raise UserError(
+                f"train.batch: with {train.batch} an epoch's last batch has {last} images for "
+                f"{parallel.size()} processes; choose another batch size or fewer processes"
+            )
         self.engine, self.train, self.data, self.seed = engine, train, data, seed
         self.recipe: Recipe = engine.recipe
         self.progress = Progress()
@@ -73,7 +79,7 @@ class Training:
         return -(-len(self.data.train_images) // self.train.batch)
 
     def batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, a function of (seed, epoch) alone."""
+        """The batches of an epoch, a function of (seed, epoch) alone; this process's slice of each."""
         data, train, inner = self.data, self.train, self.recipe.inner
         device = data.train_images.device
         small = generator(torch.device("cpu"), self.seed, epoch, "batches")  # the same on every device
@@ -83,22 +89,26 @@ class Training:
         shifts = torch.randint(0, 2 * train.pad + 1, (count, 2), generator=small)
         flips = (torch.rand(count, generator=small) < 0.5) & torch.tensor(train.flip)
         angles = (2 * torch.rand(count, generator=small) - 1) * self.recipe.rotation
-        for index in order.split(train.batch):
+        order, shifts, flips, angles = (drawn.to(device) for drawn in (order, shifts, flips, angles))
+        for whole in order.split(train.batch):
+            part = parallel.part(len(whole))
+            index = whole[part]
             images = augment(
-                data.train_images[index.to(device)],
-                shifts[index].to(device),
-                flips[index].to(device),
+                data.train_images[index],
+                shifts[index],
+                flips[index],
                 train.pad,
                 self.recipe.padding,
-                angles[index].to(device) if self.recipe.rotation else None,
+                angles[index] if self.recipe.rotation else None,
             )
-            shape = images.shape
+            shape = (len(whole), *images.shape[1:])  # drawn for all processes alike
             draw = torch.rand if inner.start == "uniform" else torch.randn
             jitter = None
             if inner.stop is not None and inner.stop.noise > 0:
                 jitter = torch.randn((inner.steps, *shape), generator=noise, device=device)
-            start = draw(shape, generator=noise, device=device)
-            yield Batch(to_unit(images), data.train_labels[index.to(device)], start, jitter)
+                jitter = jitter[:, part]
+            start = draw(shape, generator=noise, device=device)[part]
+            yield Batch(to_unit(images), data.train_labels[index], start, jitter)
 
     def _close_epoch(self, outcomes: list[Outcome]) -> Row:
         progress = self.progress
@@ -159,10 +169,13 @@ class Training:
         network.eval()
         inner, correct = self.recipe.inner, torch.zeros((), dtype=torch.long, device=images.device)
         noise = generator(images.device, self.seed, 0, "validation")
-        for part, truth in zip(images.split(self.train.batch), labels.split(self.train.batch), strict=True):
+        parts = zip(images.split(self.train.batch), labels.split(self.train.batch), strict=True)
+        for number, (part, truth) in enumerate(parts):
+            start = torch.rand(part.shape, generator=noise, device=part.device) if attacked else None
+            if number % parallel.size() != parallel.rank():
+                continue
             x = to_unit(part)
-            if attacked:  # PGD of the recipe's radius; a fixed start makes epochs comparable
-                start = torch.rand(x.shape, generator=noise, device=x.device)
+            if start is not None:  # PGD of the recipe's radius; a fixed start makes epochs comparable
                 x = attacks.ascend(
                     network,
                     attacks.cross_entropy(truth),
@@ -174,7 +187,7 @@ class Training:
                 )
             with torch.no_grad():
                 correct += (network(x).argmax(1) == truth).sum()
-        return 100 * correct.item() / len(images)
+        return 100 * parallel.total(correct).item() / len(images)
 
     @property
     def networks(self) -> dict[str, nn.Module]:

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from dynat import environment
+from dynat import environment, parallel
 from dynat.checkpoint import ResumeStore, graceful_stop, resume_key, save_weights, sha256, write_csv
 from dynat.params import Network
 from dynat.recipes import Recipe
@@ -32,6 +32,8 @@ def stage() -> int:
     here = cell(__doc__ or "")
     record = RunRecord("train", here)
     environment.pin(here.study.machine)
+    if parallel.rank() > 0:
+        return _train_along(here)
     tracker = Tracker(
         here.setting,
         f"{here.method}-{here.seed}",
@@ -41,7 +43,7 @@ def stage() -> int:
     training, metadata, key = set_up(here)
     with ResumeStore(key) as store, graceful_stop() as stop:
         tracker.begin(store.token)
-        if state := store.load():
+        if state := parallel.from_first(store.load()):
             training.restore(state["training"])
             record.values["resumed_from_epoch"] = training.progress.epoch
             print(f"resumed after epoch {training.progress.epoch - 1}")
@@ -55,7 +57,9 @@ def stage() -> int:
             label = f"{here.setting} {here.method} epoch {training.progress.epoch + 1}"
             yield from tqdm(batches, label, count, leave=False, disable=not sys.stderr.isatty())
 
-        if not training.run(after_epoch, lambda: stop.requested, watch):
+        done = training.run(after_epoch, lambda: parallel.anyone(stop.requested), watch)
+        parallel.leave()
+        if not done:
             tracker.finish("KILLED", timeout=0)
             print(f"stopped; epoch {training.progress.epoch} starts again at the next run", file=sys.stderr)
             return INTERRUPTED
@@ -64,8 +68,24 @@ def stage() -> int:
     model = sha256(here.path("models") / "target.safetensors")
     tracker.tags({"model.sha256": model})
     run_id = tracker.finish()
-    record.write(**environment.record(training.engine.device), model_sha256=model, mlflow_run_id=run_id)
+    record.write(
+        **environment.record(training.engine.device),
+        processes=parallel.size(),
+        model_sha256=model,
+        mlflow_run_id=run_id,
+    )
     return 0
+
+
+def _train_along(here: Cell) -> int:
+    """What every process but the first does: its share of each batch, and no output."""
+    training, _, _ = set_up(here)
+    with graceful_stop() as stop:
+        if state := parallel.from_first(None):
+            training.restore(state["training"])
+        done = training.run(lambda _: None, lambda: parallel.anyone(stop.requested))
+    parallel.leave()
+    return 0 if done else INTERRUPTED
 
 
 def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
@@ -84,6 +104,7 @@ def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
     study, recipe = here.study, here.params.recipe(here.setting, here.method)
     device = environment.device_of(study.machine)
     refuse_days_on_cpu(here.setting, study, recipe, device)
+    parallel.join(device)
     source = Path("data", f"{here.setting}.safetensors")
     data = load(source, device)
     torch.manual_seed(here.seed)
@@ -103,10 +124,12 @@ def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
             "seed": str(here.seed),
             "data": sha256(source),
             "code": code_key(),
+            "processes": str(parallel.size()),
             **environment.fingerprint(device),
         }
     )
-    engine = Engine(recipe, networks["target"], networks.get("guide"), precision)
+    fold = study.machine.instructions is None  # where bits are pinned, the plain arithmetic
+    engine = Engine(recipe, networks["target"], networks.get("guide"), precision, fold)
     return Training(engine, study.train, data, here.seed), metadata, key
 
 

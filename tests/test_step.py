@@ -146,12 +146,12 @@ CASES: dict[str, tuple[Recipe, Step, dict[int, float]]] = {
 }
 
 
-def draw(choice: Recipe, seed: int) -> Batch:
-    images = random_images(seed)
+def draw(choice: Recipe, seed: int, count: int = 6) -> Batch:
+    images = random_images(seed, count)
     sample = torch.rand if choice.inner.start == "uniform" else torch.randn
     start = sample(images.shape, generator=stream(seed), dtype=torch.float64)
     jitter = torch.randn((choice.inner.steps, *images.shape), generator=stream(seed + 1), dtype=torch.float64)
-    return Batch(images, random_labels(seed), start, jitter if choice.inner.stop else None)
+    return Batch(images, random_labels(seed, count), start, jitter if choice.inner.stop else None)
 
 
 def networks() -> tuple[Tiny, Tiny]:

@@ -1,0 +1,137 @@
+"""Several processes as one: what ``launch: torchrun --standalone --nproc-per-node=N`` needs.
+
+Every process holds all data and takes its slice of each batch; gradients are averaged over the samples of
+the whole batch, so a step is that of one process, but for batch norm: as in DistributedDataParallel each
+process normalises by its own slice, and the running statistics of the first one are kept. Without torchrun
+(``WORLD_SIZE`` unset or 1) nothing here does anything. Every process must call these functions in the same
+order. Nothing is imported before it is needed: the CPU is pinned before torch.
+"""
+
+import io
+import os
+from collections.abc import Iterable, Sequence
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    import torch
+    from torch import Tensor
+
+
+def size() -> int:
+    """How many processes there are."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+def rank() -> int:
+    """Which of them this one is; the first, 0, is the only one that writes."""
+    return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+
+
+def join(device: "torch.device") -> None:
+    """Meet the other processes: NCCL between GPUs, gloo between CPUs and for what stays on the host."""
+    if size() == 1:
+        return
+    import torch.distributed as dist
+
+    if not dist.is_initialized():
+        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+
+
+def leave() -> None:
+    """Part from the others, once all work is done."""
+    if size() == 1:
+        return
+    import torch.distributed as dist
+
+    if dist.is_initialized():
+        dist.destroy_process_group()
+
+
+def part(count: int) -> slice:
+    """This process's slice of ``count`` samples; the slices differ by at most one sample."""
+    return slice(rank() * count // size(), (rank() + 1) * count // size())
+
+
+def total(value: "Tensor") -> "Tensor":
+    """The sum of every process's ``value``; the tensor itself for one process."""
+    if size() == 1:
+        return value
+    import torch.distributed as dist
+
+    summed = value.clone()
+    dist.all_reduce(summed)
+    return summed
+
+
+def average(tensors: Sequence["Tensor"], count: int) -> None:
+    """Replace means over this process's ``count`` samples by the means over everybody's, in place."""
+    if size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    weight = torch.full((1,), float(count), dtype=tensors[0].dtype, device=tensors[0].device)
+    flat = torch.cat([weight, *(tensor.detach().flatten() * count for tensor in tensors)])
+    dist.all_reduce(flat)
+    _spread(flat[1:] / flat[0], tensors)
+
+
+def share_first(tensors: Iterable["Tensor"]) -> None:
+    """Replace ``tensors`` by those of the first process, in place."""
+    if size() == 1:
+        return
+    import torch
+    import torch.distributed as dist
+
+    for group in _by_dtype(tensors):
+        flat = torch.cat([tensor.detach().flatten() for tensor in group])
+        dist.broadcast(flat, 0)
+        _spread(flat, group)
+
+
+def anyone(flag: bool) -> bool:
+    """Whether ``flag`` holds in any process; waits for the others, not for a GPU."""
+    if size() == 1:
+        return flag
+    import torch
+    import torch.distributed as dist
+
+    flags = torch.tensor([int(flag)])
+    dist.all_reduce(flags)
+    return bool(flags.item())
+
+
+def from_first(state: dict[str, Any] | None) -> dict[str, Any] | None:
+    """The first process's ``state`` in all of them: tensors, numbers, strings, lists and dicts, or None."""
+    if size() == 1:
+        return state
+    import torch
+    import torch.distributed as dist
+
+    file = io.BytesIO()
+    torch.save(state, file)
+    data = torch.frombuffer(bytearray(file.getvalue()), dtype=torch.uint8)
+    length = torch.tensor([len(data)])
+    dist.broadcast(length, 0)
+    if rank() > 0:
+        data = torch.empty(int(length), dtype=torch.uint8)
+    dist.broadcast(data, 0)
+    received = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
+    return state if rank() == 0 else received
+
+
+def _by_dtype(tensors: Iterable["Tensor"]) -> list[list["Tensor"]]:
+    groups: dict[torch.dtype, list[Tensor]] = {}
+    for tensor in tensors:
+        groups.setdefault(tensor.dtype, []).append(tensor)
+    return list(groups.values())
+
+
+def _spread(flat: "Tensor", tensors: Sequence["Tensor"]) -> None:
+    """Copy consecutive pieces of ``flat`` into ``tensors``."""
+    import torch
+
+    with torch.no_grad():
+        pieces = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, piece in zip(tensors, pieces, strict=True):
+            tensor.copy_(piece.view(tensor.shape))

@@ -1,0 +1,104 @@
+"""The simplified copy that the inner loop attacks is the network in eval mode, up to rounding."""
+
+import copy
+from typing import Any
+
+import pytest
+import torch
+from test_step import CASES, draw
+from test_step import networks as pair
+from torch import Tensor, nn
+
+from dynat.frozen import Frozen, _Reversible
+from dynat.networks import build
+from dynat.step import Engine
+
+NETWORKS: dict[str, dict[str, Any]] = {
+    "resnet": {"blocks": [1, 2], "strides": [1, 2], "width": 4},
+    "preact_resnet": {"blocks": [1, 2], "strides": [1, 2], "width": 4},
+    "wrn": {"depth": 10, "widen": 1, "sub_block1": True},
+    "cnn": {"width": 4, "mean": [0.5, 0.4, 0.3], "std": [0.2, 0.2, 0.3]},
+}
+
+
+def lived_in(name: str) -> nn.Module:
+    """A float64 network whose batch norms are anything but the identity."""
+    torch.manual_seed(0)
+    network = build(name, 5, 3, **NETWORKS[name]).double()
+    with torch.no_grad():
+        for key, value in network.state_dict().items():
+            if value.ndim == 1 and value.is_floating_point():
+                value.copy_(torch.rand_like(value) + (0.1 if "var" in key else -0.3))
+    return network.eval()
+
+
+def values(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
+    """Logits and the gradient of a fixed function of them with respect to the input."""
+    point = x.clone().requires_grad_()
+    logits = function(point)
+    (gradient,) = torch.autograd.grad(logits.square().sum(), point)
+    return logits.detach(), gradient
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_logits_and_input_gradients_are_the_networks_own_also_after_a_refresh(name: str) -> None:
+    network, x = lived_in(name), torch.rand(3, 3, 8, 8, dtype=torch.float64)
+    folded = Frozen(network, x[:1])
+    assert any(isinstance(module, nn.Identity) for module in folded.copy.modules())
+    for _ in range(2):
+        for mine, own in zip(values(folded, x), values(network, x), strict=True):
+            assert torch.allclose(mine, own, rtol=1e-10, atol=1e-12)
+        with torch.no_grad():
+            for value in network.state_dict().values():
+                value.mul_(2)
+        assert not torch.allclose(folded(x), network(x))
+        folded.refresh()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_copy_shares_no_memory_with_the_network_and_asks_for_no_weight_gradient(name: str) -> None:
+    network, x = lived_in(name), torch.rand(2, 3, 8, 8, dtype=torch.float64)
+    before = copy.deepcopy(network.state_dict())
+    folded = Frozen(network, x[:1])
+    own = {parameter.data_ptr() for parameter in network.parameters()}
+    assert not own & {parameter.data_ptr() for parameter in folded.copy.parameters()}
+    assert not any(parameter.requires_grad for parameter in folded.copy.parameters())
+    folded.refresh()
+    folded(x)
+    assert all(torch.equal(before[key], value) for key, value in network.state_dict().items())
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_bfloat16_the_folded_network_is_as_near_to_the_exact_one_as_the_network_itself(name: str) -> None:
+    exact = lived_in(name)
+    network, x = copy.deepcopy(exact).float(), torch.rand(8, 3, 8, 8)
+    folded = Frozen(network, x[:1], torch.bfloat16)
+    assert any(isinstance(module, _Reversible) for module in folded.copy.modules())
+
+    def half(function: Any) -> Any:
+        def forward(point: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(point).float()
+
+        return forward
+
+    expected = values(exact, x.double())
+    for mine, own, truth in zip(values(half(folded), x), values(half(network), x), expected, strict=True):
+        error, reference = (mine - truth).norm(), (own - truth).norm()
+        assert error < 5 * reference
+        assert error < 0.1 * truth.norm()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_a_step_on_the_folded_target_gives_the_same_weights_and_statistics(name: str) -> None:
+    choice, _, rates = CASES[name]
+    engines = [Engine(choice, *pair(), fold=fold) for fold in (False, True)]
+    for seed, epoch in enumerate(rates, start=20):
+        for engine in engines:
+            engine.set_epoch(epoch)
+        plain, folded = (engine.step(draw(choice, seed)) for engine in engines)
+        assert folded.target_loss.item() == pytest.approx(plain.target_loss.item(), rel=1e-9)
+    for network in ("target", "guide"):
+        states = [getattr(engine, network).state_dict() for engine in engines]
+        for key, value in states[0].items():
+            assert torch.allclose(states[1][key], value, rtol=1e-8, atol=1e-11), key
