@@ -32,7 +32,7 @@ SQUARE_GAIN = 0.002  # the package's own threshold for "Square attack improves o
 
 
 class StoppedError(Exception):
-    """A signal asked to leave between two pieces."""
+    """A signal asked to leave; the piece at hand is lost."""
 
 
 Piece = dict[str, Any]
@@ -56,10 +56,18 @@ def run(
 
     The evidence "clean" and then one per attack of the standard ensemble: samples robust to it and to all
     before it. ``load`` and ``save`` keep finished pieces by name, ``notify(what)`` is called after each.
-    Returns None if ``stopped`` asked to leave; on a CPU several chunks run at once and stop at once.
+    Returns None if ``stopped`` asked to leave; the piece at hand is dropped within a forward.
+    On a CPU several chunks run at once.
     """
     crafting = [fold(network)] if spec.precision == "fp32" else [mixed(network), fold(network)]
     packages = [_package(each, spec, images.device) for each in crafting]
+
+    def leave_if_stopped(*_: object) -> None:
+        if stopped():
+            raise StoppedError
+
+    for each in crafting:  # copies of this run's own: a piece may take an hour, a forward does not
+        each.register_forward_pre_hook(leave_if_stopped)
 
     def chunk(first: int, say: Notify) -> tuple[dict[str, Evidence], list[str]]:
         """All pieces of the chunk that begins at ``first``, from the store where they are there."""
@@ -72,8 +80,7 @@ def run(
             name = f"{attack}-{first}"
             piece = load(name)
             if piece is None:
-                if stopped():
-                    raise StoppedError
+                leave_if_stopped()
                 piece = _run_piece(network, packages, attack, x, y, evidence.robust, spec)
                 save(name, piece)
                 say(f"{attack} {min(first + spec.batch, len(images))}/{len(images)}")

@@ -134,6 +134,11 @@ class ResumeStore:
     def __exit__(self, *error: object) -> None:
         os.close(self._lock)
 
+    @property
+    def last_good(self) -> str:
+        """Where a training can go on from, for the end of an error message."""
+        return f"the last good state is {self._good}" if self._good else "no earlier state was saved"
+
     def save(self, state: dict[str, Any]) -> None:
         """Add a generation: tensors, numbers, strings, None, lists and dicts of them.
 
@@ -142,9 +147,10 @@ class ResumeStore:
         """
         numbers = [int(old.stem.removeprefix("state-")) for old in self._generations()]
         path = self.folder / f"state-{max(numbers, default=0) + 1:08d}.pt"
-        last = f"the last good state is {self._good}" if self._good else "no earlier state was saved"
-        self.folder.mkdir(parents=True, exist_ok=True)  # whatever cleaned up around us
-        need, free = SPACE_FACTOR * _size(state), shutil.disk_usage(self.folder).free
+        last = self.last_good
+        with _explained(self.folder):
+            self.folder.mkdir(parents=True, exist_ok=True)  # whatever cleaned up around us
+            need, free = SPACE_FACTOR * _size(state), shutil.disk_usage(self.folder).free
         if free < need:
             room = f"{free >> 20} MiB are free, {need >> 20} MiB needed"
             raise UserError(f"{path}: {room}; {ADVICE[errno.ENOSPC]}; {last}")
@@ -176,7 +182,10 @@ class ResumeStore:
 
     def save_piece(self, name: str, state: dict[str, Any]) -> None:
         """Keep a finished part of the work, such as one attack on one chunk, under ``name``."""
-        _write_state(self._piece(name), state)
+        try:
+            _write_state(self._piece(name), state)
+        except UserError as error:
+            raise UserError(f"{error}; the parts finished before are kept in {self.folder}") from error
 
     def load_piece(self, name: str) -> dict[str, Any] | None:
         """The part kept under ``name``, or None if there is none or it is damaged (a line on stderr)."""
@@ -240,7 +249,10 @@ def _write_state(path: Path, state: dict[str, Any]) -> None:
     import torch
 
     with _atomic(path) as file:
-        torch.save(state, file)
+        try:
+            torch.save(state, file)
+        except RuntimeError as error:  # what torch makes of a write that failed, when it closes its archive
+            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
         file.seek(0)
         file.write(hashlib.file_digest(file, "sha256").digest())  # behind the content, which it has just read
 
@@ -304,7 +316,7 @@ def _lock(path: Path) -> int:
         except FileNotFoundError:  # another process cleared the folder just now
             continue
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold it too
             if os.path.exists(path) and os.path.samestat(os.fstat(lock), os.stat(path)):
                 os.ftruncate(lock, 0)
                 os.write(lock, str(os.getpid()).encode())

@@ -4,10 +4,13 @@ Numbers are counted from the per-sample verdicts; the metrics beside them must a
 """
 
 import json
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import yaml
 
 from dynat.errors import UserError
 from dynat.params import Params
@@ -44,6 +47,7 @@ class Measurement:
     epsilon: float
     attack_seed: int
     caveats: tuple[str, ...] = ()
+    code: Mapping[str, str] = field(default_factory=dict)  # "train: dynat/step.py" -> MD5, from dvc.lock
 
     @property
     def count(self) -> Count:
@@ -73,11 +77,43 @@ def read_results(params: Params, root: Path = Path()) -> Results:
 
     Raises :class:`UserError` on metrics that contradict their verdicts or each other's weights.
     """
+    code = read_code(root)
     return {
-        (setting, method): {seed: _read_result(root, setting, method, seed) for seed in params.seeds}
+        (setting, method): {seed: _read_result(root, setting, method, seed, code) for seed in params.seeds}
         for setting in params.settings
         for method in (*params.baselines, *params.variants)
     }
+
+
+Code = dict[tuple[str, str], dict[str, str]]  # (stage, setting-method-seed) -> source file -> MD5
+
+
+def read_code(root: Path) -> Code:
+    """The versions of the code that ``dvc.lock`` says each stage ran with; none without such a file.
+
+    A whole ``dvc repro`` brings all stages to one version. ``-s``, ``frozen`` and ``dvc commit`` need not.
+    """
+    try:
+        text = (root / "dvc.lock").read_text(encoding="utf-8")
+        stages = (yaml.load(text, _Loader) or {}).get("stages", {})
+        return {
+            (stage, cell): {
+                dep["path"]: dep["md5"]
+                for dep in entry.get("deps", ())
+                if re.match(r"(dynat|stages)/", dep["path"])
+            }
+            for name, entry in stages.items()
+            for stage, _, cell in [re.sub(r"_(baseline|dynat)@", "@", name, count=1).partition("@")]
+        }
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"dvc.lock: cannot be read ({reason}); restore it with git checkout") from None
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """A safe loader, by libyaml where it is there: Python's own takes seconds for a long lock file."""
 
 
 def read_json(root: Path, name: str) -> dict[str, Any] | None:
@@ -93,7 +129,15 @@ def read_json(root: Path, name: str) -> dict[str, Any] | None:
     return value
 
 
-def _read_result(root: Path, setting: str, method: str, seed: int) -> Result:
+def _read_result(root: Path, setting: str, method: str, seed: int, code: Code) -> Result:
+    versions = {
+        kind: {
+            f"{stage}: {file}": md5
+            for stage in ("train", kind)
+            for file, md5 in code.get((stage, f"{setting}-{method}-{seed}"), {}).items()
+        }
+        for kind in ("attack", "autoattack")
+    }
     name = f"{setting}/{method}/{seed}"
     files = {kind: f"metrics/{kind}/{name}.json" for kind in ("attack", "autoattack", "sanity")}
     attack, union, sanity = (read_json(root, file) for file in files.values())
@@ -111,13 +155,15 @@ def _read_result(root: Path, setting: str, method: str, seed: int) -> Result:
                 for checkpoint in ("best", "last")
                 for name in attack[checkpoint]
             }
-            result.measured |= _measure(root, files["attack"], attack, entries, seed)
+            result.measured |= _measure(root, files["attack"], attack, entries, seed, versions["attack"])
         if union:
             entries = {
                 "aa" if rank == 0 else f"aa-{size}": ("aa", size, "best", "square")
                 for rank, size in enumerate(union["aa"])
             }
-            result.measured |= _measure(root, files["autoattack"], union, entries, seed)
+            result.measured |= _measure(
+                root, files["autoattack"], union, entries, seed, versions["autoattack"]
+            )
         if sanity:
             result.failed_checks = [name for name, check in sanity["checks"].items() if not check["passed"]]
             result.epsilon_curve = [(epsilon, value) for epsilon, value in sanity.get("epsilon_curve", [])]
@@ -134,6 +180,7 @@ def _measure(
     metrics: dict[str, Any],
     entries: Mapping[str, tuple[str, str, str, str]],
     seed: int,
+    code: Mapping[str, str],
 ) -> dict[str, Measurement]:
     """Count the verdicts (checkpoint, attack) behind each (block, entry) of the metrics."""
     companion = file.removesuffix(".json") + ".verdicts.json"
@@ -154,6 +201,6 @@ def _measure(
             )
         source = Source(seed, file, f"/{block}/{entry}/accuracy", companion, checkpoint, attack, counted["n"])
         measured[column] = Measurement(
-            source, counted["robust"], metrics["epsilon"], metrics["attack_seed"], tuple(caveats)
+            source, counted["robust"], metrics["epsilon"], metrics["attack_seed"], tuple(caveats), code
         )
     return measured

@@ -5,7 +5,7 @@
 
 import json
 from collections import Counter
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from statistics import fmean, stdev
 from typing import Any, NamedTuple, TypeVar
@@ -209,10 +209,11 @@ class Circumstances(NamedTuple):
     n: int | None = None
     epsilon: float | None = None
     attack_seed: int | None = None
+    code: Mapping[str, str] = {}  # source file of a stage -> the version that most numbers come from
 
 
 def circumstances(column: Iterable[Cell]) -> Circumstances:
-    """The most frequent n, epsilon and attack seed of a column's numbers, the first one on a tie."""
+    """The most frequent n, epsilon, attack seed and code of a column's numbers, the first one on a tie."""
     measured = [measurement for cell in column for measurement in cell.measurements]
     if not measured:
         return Circumstances()
@@ -220,7 +221,16 @@ def circumstances(column: Iterable[Cell]) -> Circumstances:
         _most(measured, lambda m: m.source.n),
         _most(measured, lambda m: m.epsilon),
         _most(measured, lambda m: m.attack_seed),
+        _usual_code(measured),
     )
+
+
+def _usual_code(measured: list[Measurement]) -> dict[str, str]:
+    versions: dict[str, Counter[str]] = {}
+    for measurement in measured:
+        for source, md5 in measurement.code.items():
+            versions.setdefault(source, Counter())[md5] += 1
+    return {source: counted.most_common(1)[0][0] for source, counted in versions.items()}
 
 
 def _most(measured: list[Measurement], what: Callable[[Measurement], T]) -> T:
@@ -242,6 +252,7 @@ def entry(found: tuple[str, Cell] | None, usual: Circumstances, params: Params) 
             f"attack seed {measurement.attack_seed}, unlike the rest of the column": measurement.attack_seed
             != usual.attack_seed
             and not mixed,
+            **dict.fromkeys(other_code(measurement, usual), True),
             **dict.fromkeys(measurement.caveats, True),
         }
         notes |= dict.fromkeys(note for note, applies in departures.items() if applies)
@@ -249,6 +260,15 @@ def entry(found: tuple[str, Cell] | None, usual: Circumstances, params: Params) 
     if len(seeds) < len(params.seeds):
         notes[f"training seed {', '.join(seeds)} only; the others have not been run"] = None
     return Entry(cell.printed.text, tuple(notes), key)
+
+
+def other_code(measurement: Measurement, usual: Circumstances) -> list[str]:
+    """A footnote if ``dvc.lock`` says that other code made this number than most of its column."""
+    differing = [source for source, md5 in measurement.code.items() if md5 != usual.code[source]]
+    if not differing:
+        return []
+    more = f" and {len(differing) - 2} more" if len(differing) > 2 else ""
+    return [f"other code than for the rest of the column ({', '.join(differing[:2])}{more}); run dvc repro"]
 
 
 def radius(epsilon: float) -> str:

@@ -15,7 +15,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 POLL_S = 0.05
 ENVIRONMENT = {  # MLflow's own defaults report home, and ask a dead server for minutes
@@ -50,8 +50,8 @@ def spool_folder() -> Path:
 class Tracker:
     """One MLflow run. No method raises or waits for MLflow; its trouble is at most one line on stderr.
 
-    ``params`` may be nested; keys are joined by dots. A stage that dies without :meth:`finish` leaves the
-    run as KILLED, one that sends nothing leaves no run.
+    ``params`` may be nested; keys are joined by dots. In a ``with``, an error ends the run as FAILED. A stage
+    that dies without :meth:`finish` leaves the run as KILLED, one that sends nothing leaves no run.
     """
 
     def __init__(
@@ -73,6 +73,13 @@ class Tracker:
             _call_courier()
         except OSError as error:
             self._warn(str(error))
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if kind is not None:
+            self.finish("FAILED" if issubclass(kind, Exception) else "KILLED", timeout=0)
 
     @property
     def run_id(self) -> str | None:

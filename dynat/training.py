@@ -5,6 +5,7 @@ generator state, and a training resumed at an epoch's end goes on to the same bi
 """
 
 import hashlib
+import math
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any
@@ -14,10 +15,12 @@ from torch import Tensor, nn
 
 from dynat import attacks, parallel
 from dynat.data import Splits, augment, to_unit
-from dynat.errors import UserError
+from dynat.errors import DivergedError, UserError
 from dynat.recipes import Recipe, Train
 from dynat.step import Batch, Engine, Outcome
 
+PATIENCE = 10  # epochs at the least before a target that learns nothing is given up
+PATIENT_SHARE = 0.2  # of all epochs, if that is more
 TRACED_STEPS = 100  # first steps whose losses are kept, for replaying them in an audit
 Row = dict[str, float]
 State = dict[str, Tensor]
@@ -60,7 +63,8 @@ class Training:
         """Train to the last epoch; returns False if ``stopped`` asked to leave after a batch.
 
         ``after_epoch`` gets each history row once the epoch counts as done; ``watch`` may wrap an epoch's
-        batches and their number, for a progress bar. Raises :class:`UserError` on a loss that is not finite.
+        batches and their number, for a progress bar. Raises :class:`DivergedError` on a loss that is not
+        finite, and on a target that has collapsed to chance.
         """
         while self.progress.epoch < self.recipe.schedule.epochs:
             outcomes = []
@@ -116,9 +120,9 @@ class Training:
         guide_losses = torch.stack([outcome.guide_loss for outcome in outcomes]).tolist()
         for step, (target_loss, guide_loss) in enumerate(zip(target_losses, guide_losses, strict=True)):
             if not (abs(target_loss) < float("inf") and abs(guide_loss) < float("inf")):
-                raise UserError(
+                raise DivergedError(
                     f"the loss is not finite in epoch {progress.epoch}, step {step} (target {target_loss}, "
-                    f"guide {guide_loss}); lower the learning rate; the state before this epoch is kept"
+                    f"guide {guide_loss}); lower the learning rate"
                 )
             if len(progress.trace) < TRACED_STEPS:
                 progress.trace.append({"target_loss": target_loss, "guide_loss": guide_loss})
@@ -132,12 +136,29 @@ class Training:
             correct = torch.stack([outcome.guide_correct for outcome in outcomes]).sum().item()
             row["guide_loss"] = sum(guide_losses) / len(outcomes)
             row["guide_train"] = 100 * correct / len(self.data.train_images)
+        self._refuse_collapse(row)
         progress.history.append(row)
         if self._is_best(row):
             progress.best_epoch = progress.epoch
             progress.best = {name: _copy(network) for name, network in self.networks.items()}
         progress.epoch += 1
         return row
+
+    def _refuse_collapse(self, row: Row) -> None:
+        """Raise if the target has long been no better than a constant prediction on training images.
+
+        Long is a fifth of all epochs, and ten: the first epochs of a sound training may look like that.
+        """
+        patience = max(PATIENCE, math.ceil(PATIENT_SHARE * self.recipe.schedule.epochs))
+        recent = [*self.progress.history, row][-patience:]
+        labels = self.data.train_labels[: len(self.data.test_images)]  # those of train_clean
+        chance = 100 * int(labels.bincount().max()) / len(labels)
+        if len(recent) == patience and all(each["train_clean"] <= chance for each in recent):
+            raise DivergedError(
+                f"the target has collapsed: {row['train_clean']:.2f} % of training images right after epoch "
+                f"{self.progress.epoch}, and for {patience} epochs never more than the {chance:.2f} % of a "
+                "constant prediction; lower the learning rate or epsilon"
+            )
 
     def _is_best(self, row: Row) -> bool:
         """Highest held-out robust accuracy, the later epoch on a tie; without held-out data the last.

@@ -32,23 +32,24 @@ def stage() -> None:
     from dynat.evaluation import evaluate
     from dynat.results import load_network, write_results
 
-    device = environment.device_of(here.study.machine)
-    data = load(Path("data", f"{here.setting}.safetensors"), device)
-    images, labels = data.test_images[: spec.n], data.test_labels[: spec.n]
-    found, epochs = {}, {}
-    with tqdm(total=2 * len(images), leave=False, disable=not sys.stderr.isatty()) as bar:
-        for checkpoint, file, attacks in CHECKPOINTS:
-            network, epochs[f"{checkpoint}_epoch"] = load_network(here.path("models") / file, device)
-            bar.set_description(f"{here.setting} {here.method} {checkpoint}")
-            found[checkpoint] = evaluate(network, images, labels, spec, attacks, bar.update)
-    model = sha256(here.path("models") / "target.safetensors")
-    header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": model, **epochs}
-    write_results(here.path("metrics/attack"), header, found, {})
-    accuracies = {name: 100 * e.robust.float().mean().item() for name, e in found["best"].items()}
-    print("  ".join(f"{name} {value:.2f}" for name, value in accuracies.items()))
-    tracker.metrics(0, accuracies)
-    tracker.tags({"model.sha256": model})
-    record.write(**environment.record(device), model_sha256=model, mlflow_run_id=tracker.finish())
+    with tracker:
+        device = environment.device_of(here.study.machine)
+        data = load(Path("data", f"{here.setting}.safetensors"), device)
+        images, labels = data.test_images[: spec.n], data.test_labels[: spec.n]
+        found, epochs = {}, {}
+        with tqdm(total=2 * len(images), leave=False, disable=not sys.stderr.isatty()) as bar:
+            for checkpoint, file, attacks in CHECKPOINTS:
+                network, epochs[f"{checkpoint}_epoch"] = load_network(here.path("models") / file, device)
+                bar.set_description(f"{here.setting} {here.method} {checkpoint}")
+                found[checkpoint] = evaluate(network, images, labels, spec, attacks, bar.update)
+        model = sha256(here.path("models") / "target.safetensors")
+        header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": model, **epochs}
+        write_results(here.path("metrics/attack"), header, found, {})
+        accuracies = {name: 100 * e.robust.float().mean().item() for name, e in found["best"].items()}
+        print("  ".join(f"{name} {value:.2f}" for name, value in accuracies.items()))
+        tracker.metrics(0, accuracies)
+        tracker.tags({"model.sha256": model})
+        record.write(**environment.record(device), model_sha256=model, mlflow_run_id=tracker.finish())
 
 
 if __name__ == "__main__":

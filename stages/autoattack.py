@@ -5,6 +5,7 @@ every sample beside it, and the adversarial image of every broken sample.
 """
 
 import sys
+from importlib.metadata import version
 from pathlib import Path
 
 from tqdm import tqdm
@@ -44,6 +45,7 @@ def stage() -> int:
             "data": sha256(source),
             "model": model,
             "code": code_key(),
+            "package": version("pyautoattack"),
             **environment.fingerprint(device),
         }
     )
@@ -51,7 +53,7 @@ def stage() -> int:
     chunks = -(-count // spec.batch)
     with (
         ResumeStore(key) as store,
-        graceful_stop() as stop,
+        tracker,
         tqdm(desc=label, total=len(STANDARD) * chunks, leave=False, disable=not sys.stderr.isatty()) as bar,
     ):
         tracker.begin(store.token)
@@ -62,16 +64,17 @@ def stage() -> int:
             if not sys.stderr.isatty():
                 print(f"{label}: {what}", flush=True)
 
-        outcome = run(
-            network,
-            data.test_images[:count],
-            data.test_labels[:count],
-            spec,
-            load=store.load_piece,
-            save=store.save_piece,
-            notify=notify,
-            stopped=lambda: stop.requested,
-        )
+        with graceful_stop() as stop:
+            outcome = run(
+                network,
+                data.test_images[:count],
+                data.test_labels[:count],
+                spec,
+                load=store.load_piece,
+                save=store.save_piece,
+                notify=notify,
+                stopped=lambda: stop.requested,
+            )
         if outcome is None:
             tracker.finish("KILLED", timeout=0)
             print("stopped; the finished pieces are kept for the next run", file=sys.stderr)
@@ -88,11 +91,11 @@ def stage() -> int:
             "warnings": warnings,
         }
         write_results(here.path("metrics/autoattack"), header, {"best": found}, {"aa": union})
-        store.clear()
+        tracker.metrics(0, {name: value["accuracy"] for name, value in union.items()})
+        tracker.tags({"model.sha256": model})
+        record.write(**environment.record(device), model_sha256=model, mlflow_run_id=tracker.finish())
+        store.clear()  # the very last: until then a kill costs no piece
     print("  ".join(f"{name} {value['accuracy']:.2f}" for name, value in union.items()), *warnings, sep="\n")
-    tracker.metrics(0, {name: value["accuracy"] for name, value in union.items()})
-    tracker.tags({"model.sha256": model})
-    record.write(**environment.record(device), model_sha256=model, mlflow_run_id=tracker.finish())
     return 0
 
 

@@ -16,6 +16,7 @@ from tqdm import tqdm
 
 from dynat import environment, parallel
 from dynat.checkpoint import ResumeStore, graceful_stop, resume_key, save_weights, sha256, write_csv
+from dynat.errors import DivergedError, UserError
 from dynat.params import Network
 from dynat.recipes import Recipe
 from dynat.stage import INTERRUPTED, Cell, RunRecord, cell, code_key, main
@@ -41,7 +42,7 @@ def stage() -> int:
         params={**here.params.recipe(here.setting, here.method).model_dump(), "seed": here.seed},
     )
     training, metadata, key = set_up(here)
-    with ResumeStore(key) as store, graceful_stop() as stop:
+    with ResumeStore(key) as store, tracker:
         tracker.begin(store.token)
         if state := parallel.from_first(store.load()):
             training.restore(state["training"])
@@ -57,23 +58,27 @@ def stage() -> int:
             label = f"{here.setting} {here.method} epoch {training.progress.epoch + 1}"
             yield from tqdm(batches, label, count, leave=False, disable=not sys.stderr.isatty())
 
-        done = training.run(after_epoch, lambda: parallel.anyone(stop.requested), watch)
+        with graceful_stop() as stop:
+            try:
+                done = training.run(after_epoch, lambda: parallel.anyone(stop.requested), watch)
+            except DivergedError as error:
+                raise UserError(f"{error}; {store.last_good}") from None
         parallel.leave()
         if not done:
             tracker.finish("KILLED", timeout=0)
             print(f"stopped; epoch {training.progress.epoch} starts again at the next run", file=sys.stderr)
             return INTERRUPTED
         _write(here.path("models"), training, metadata)
-        store.clear()
-    model = sha256(here.path("models") / "target.safetensors")
-    tracker.tags({"model.sha256": model})
-    run_id = tracker.finish()
-    record.write(
-        **environment.record(training.engine.device),
-        processes=parallel.size(),
-        model_sha256=model,
-        mlflow_run_id=run_id,
-    )
+        model = sha256(here.path("models") / "target.safetensors")
+        tracker.tags({"model.sha256": model})
+        run_id = tracker.finish()
+        record.write(
+            **environment.record(training.engine.device),
+            processes=parallel.size(),
+            model_sha256=model,
+            mlflow_run_id=run_id,
+        )
+        store.clear()  # the very last: until then a kill costs no epoch
     return 0
 
 

@@ -193,3 +193,49 @@ def test_metrics_that_no_stage_wrote_are_one_line(tmp_path: Path, content: str) 
     with pytest.raises(UserError, match="toy/pgd_at/0") as fault:
         tabulate(params(["pgd_at"], []), tmp_path)
     assert "\n" not in str(fault.value)
+
+
+def lock_file(root: Path, versions: dict[str, str]) -> None:
+    """A ``dvc.lock`` in which stages (``attack_baseline@toy-mart-0``) ran with versions of one file."""
+    entries = "".join(
+        f"  {stage}:\n    cmd: x\n    deps:\n    - path: dynat/attacks.py\n      hash: md5\n"
+        f"      md5: {md5}\n      size: 1\n    - path: data/toy.safetensors\n      hash: md5\n"
+        f"      md5: {stage.encode().hex()}\n      size: 1\n"
+        for stage, md5 in versions.items()
+    )
+    (root / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n{entries}")
+
+
+@pytest.mark.parametrize(
+    ("stage", "marked"), [("train", "Clean AA"), ("attack", "Clean"), ("autoattack", "AA")]
+)
+def test_a_number_that_other_code_made_than_its_column_is_marked(
+    tmp_path: Path, stage: str, marked: str
+) -> None:
+    methods = ("mart", "pgd_at", "dynat")
+    for method in methods:
+        write(tmp_path, method, COUNTS, aa={40: 27})
+    kinds = {"mart": "baseline", "pgd_at": "baseline", "dynat": "dynat"}
+    stages = [f"{s}_{kinds[m]}@toy-{m}-0" for s in ("train", "attack", "autoattack") for m in methods]
+    selection = params(["mart", "pgd_at"], ["dynat"])
+
+    lock_file(tmp_path, dict.fromkeys(stages, "same"))
+    same = files(selection, tmp_path)
+    (tmp_path / "dvc.lock").unlink()
+    assert files(selection, tmp_path) == same
+    lock_file(tmp_path, dict.fromkeys(stages, "same") | {f"{stage}_baseline@toy-mart-0": "other"})
+    text = files(selection, tmp_path)["metrics/tables/toy.md"]
+    mark = raised(
+        text, f"other code than for the rest of the column ({stage}: dynat/attacks.py); run dvc repro"
+    )
+    for column in ("Clean", "AA"):
+        assert rows(text)["mart"][column].endswith(mark) == (column in marked.split())
+        assert not any(rows(text)[method][column].endswith(mark) for method in ("pgd_at", "dynat"))
+
+
+def test_a_lock_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    (tmp_path / "dvc.lock").write_text("stages: {a: [")
+    with pytest.raises(UserError, match=r"dvc.lock: cannot be read .*git checkout") as fault:
+        tabulate(params(["pgd_at"], []), tmp_path)
+    assert "\n" not in str(fault.value)
