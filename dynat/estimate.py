@@ -12,16 +12,17 @@ from dynat.recipes import Recipe
 LIMIT_HOURS = 12.0  # longer than this on a CPU is a mistake unless ``machine.device=cpu`` insists
 
 
-def refuse_days_on_cpu(setting: str, study: Study, recipe: Recipe, device: torch.device) -> None:
+def refuse_days_on_cpu(setting: str, study: Study, recipe: Recipe, images: torch.Tensor) -> None:
     """Raise :class:`UserError` if a training would keep this CPU busy for longer than ``LIMIT_HOURS``.
 
-    Nothing is refused where ``machine.device=cpu`` insists, or where only the data can tell their size.
+    ``images`` [n,C,H,W] are the training images, on the device that trains. Nothing is refused where
+    ``machine.device=cpu`` insists.
     """
-    shape, count = study.data.image_shape, study.data.training_images
-    if device.type != "cpu" or study.machine.device != "auto" or shape is None or count is None:
+    if images.device.type != "cpu" or study.machine.device != "auto":
         return
-    work = multiply_adds_per_image(study, recipe, shape) * count * recipe.schedule.epochs
-    hours = work / measured_peak(device) / 3600
+    count, *shape = images.shape
+    work = multiply_adds_per_image(study, recipe, (shape[0], shape[1], shape[2])) * count
+    hours = work * recipe.schedule.epochs / measured_peak(images.device) / 3600
     if hours > LIMIT_HOURS:
         raise UserError(
             f"{setting}: no accelerator here, and this CPU would train for at least {hours / 24:.1f} days; "

@@ -41,7 +41,10 @@ def stage() -> int:
         tags={"stage": "train"},
         params={**here.params.recipe(here.setting, here.method).model_dump(), "seed": here.seed},
     )
+    from dynat.estimate import refuse_days_on_cpu
+
     training, metadata, key = set_up(here)
+    refuse_days_on_cpu(here.setting, here.study, training.recipe, training.data.train_images)
     with ResumeStore(key) as store, tracker:
         tracker.begin(store.token)
         if state := parallel.from_first(store.load()):
@@ -96,19 +99,16 @@ def _train_along(here: Cell) -> int:
 def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
     """The training before its first step, the metadata of its weights and its resume key.
 
-    Needs ``data/<setting>.safetensors``; :class:`UserError` if it is missing, or the training would keep a
-    CPU busy for days.
+    Needs ``data/<setting>.safetensors``; :class:`UserError` if it is missing.
     """
     import torch
 
     from dynat.data import load
-    from dynat.estimate import refuse_days_on_cpu
     from dynat.step import Engine
     from dynat.training import Training
 
     study, recipe = here.study, here.params.recipe(here.setting, here.method)
     device = environment.device_of(study.machine)
-    refuse_days_on_cpu(here.setting, study, recipe, device)
     parallel.join(device)
     source = Path("data", f"{here.setting}.safetensors")
     data = load(source, device)
