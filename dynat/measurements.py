@@ -148,6 +148,10 @@ def _read_result(root: Path, setting: str, method: str, seed: int, code: Code) -
                 f"{files['autoattack']}: AutoAttack of other weights than those of {files['attack']}; "
                 "run dvc repro"
             )
+        if attack and sanity and attack["model_sha256"] != sanity["model_sha256"]:
+            raise UserError(
+                f"{files['sanity']}: checks of other weights than those of {files['attack']}; run dvc repro"
+            )
         if attack:
             result.epochs = {checkpoint: attack[f"{checkpoint}_epoch"] for checkpoint in ("best", "last")}
             entries = {

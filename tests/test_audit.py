@@ -168,22 +168,22 @@ def test_a_stage_that_no_number_needs_is_checked_with_all(
 ) -> None:
     path = repository / "dvc.yaml"
     pipeline = yaml.safe_load(path.read_text())
-    pipeline["stages"]["sanity"] = {
+    pipeline["stages"]["extra"] = {
         "matrix": {"setting": "${settings}", "seed": "${seeds}"},
-        "cmd": "mkdir -p metrics/sanity && cp params.yaml metrics/sanity/${item.setting}-${item.seed}.json",
+        "cmd": "mkdir -p metrics/extra && cp params.yaml metrics/extra/${item.setting}-${item.seed}.json",
         "deps": ["data/${item.setting}.safetensors", "dynat/verdicts.py"],
-        "outs": [{"metrics/sanity/${item.setting}-${item.seed}.json": {"cache": False}}],
+        "outs": [{"metrics/extra/${item.setting}-${item.seed}.json": {"cache": False}}],
     }
     path.write_text(yaml.safe_dump(pipeline, sort_keys=False))
     assert main(["--all"]) == 0
-    assert "never run, and in no number: sanity@digits-0, sanity@digits-1" in as_json("--all", capsys)
-    result = dvc(repository, "repro", "sanity@digits-0")
+    assert "never run, and in no number: extra@digits-0, extra@digits-1" in as_json("--all", capsys)
+    result = dvc(repository, "repro", "extra@digits-0")
     assert result.returncode == 0, result.stdout + result.stderr
     assert main(["--all"]) == 0
     capsys.readouterr()
-    tampering.flip(repository / "metrics/sanity/digits-0.json")
+    tampering.flip(repository / "metrics/extra/digits-0.json")
     assert main(["--all"]) == 1
-    assert "metrics/sanity/digits-0.json is not what the stage wrote" in capsys.readouterr().out
+    assert "metrics/extra/digits-0.json is not what the stage wrote" in capsys.readouterr().out
 
 
 @slow

@@ -20,6 +20,7 @@ from dynat.params import load
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "params.yaml"
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # of a package that DVC uses
+KINDS = ("train", "attack", "autoattack", "sanity")  # run for each setting, method and seed
 STAGES: dict[str, Any] = load_yaml(ROOT / "dvc.yaml")["stages"]
 
 
@@ -94,7 +95,7 @@ def test_a_stage_declares_exactly_the_sections_that_its_script_reads() -> None:
     }
 
 
-@pytest.mark.parametrize("name", ["train", "attack", "autoattack"])
+@pytest.mark.parametrize("name", KINDS)
 def test_a_pair_of_stages_differs_only_in_its_list_and_in_alpha(name: str) -> None:
     baseline, dynat = (dict(STAGES[f"{name}_{family}"]) for family in ("baseline", "dynat"))
     matrix = {"setting": "${settings}", "seed": "${seeds}"}
@@ -133,7 +134,7 @@ def keys_of(stage: PipelineStage) -> set[str]:
 def test_dvc_expands_the_matrix_into_one_stage_per_setting_method_and_seed(whole: Repo) -> None:
     params = load(Path(whole.root_dir, "params.yaml"))
     expected = {f"prepare@{setting}" for setting in params.study} | {"check", "tabulate"}
-    for kind, setting, seed in itertools.product(("train", "attack", "autoattack"), params.study, (0, 1)):
+    for kind, setting, seed in itertools.product(KINDS, params.study, (0, 1)):
         expected |= {f"{kind}_baseline@{setting}-{method}-{seed}" for method in params.baselines}
         expected |= {f"{kind}_dynat@{setting}-{method}-{seed}" for method in params.variants}
     assert {*stages(whole)} == expected
@@ -158,7 +159,7 @@ def test_every_parameter_that_a_stage_depends_on_is_there(whole: Repo) -> None:
         ("recipes.pgd_at", r"train_baseline@\w+-pgd_at-\d"),
         ("study.digits.data", r"prepare@digits"),
         ("study.digits.train", r"train_\w+@digits-.*"),
-        ("study.digits.attack", r"attack_\w+@digits-.*"),
+        ("study.digits.attack", r"(attack|sanity)_\w+@digits-.*"),
         ("study.digits.autoattack", r"autoattack_\w+@digits-.*"),
         ("seeds", r"tabulate"),
     ],

@@ -116,6 +116,7 @@ def test_alpha_reruns_the_dynat_family_and_the_tables_and_nothing_else(repositor
         "train_dynat@digits-dynat-0",
         "attack_dynat@digits-dynat-0",
         "autoattack_dynat@digits-dynat-0",
+        "sanity_dynat@digits-dynat-0",
         "tabulate",
     }
 
@@ -129,7 +130,7 @@ def test_mlflow_holds_a_finished_run_of_every_stage_with_the_models_hash(reposit
     runs = client.search_runs([experiment.experiment_id])
     finished = {(run.info.run_name, run.data.tags["stage"]) for run in runs if run.info.status == "FINISHED"}
     for method in ("pgd_at-0", "dynat-0"):
-        for stage in ("train", "attack", "autoattack"):
+        for stage in ("train", "attack", "autoattack", "sanity"):
             assert (method, stage) in finished
     assert all(len(run.data.tags["model.sha256"]) == 64 for run in runs)
 

@@ -131,10 +131,20 @@ def test_a_number_unlike_its_column_is_marked(tmp_path: Path, odd: dict[str, obj
 def test_a_failed_sanity_check_is_marked_at_the_method(tmp_path: Path) -> None:
     write(tmp_path, "pgd_at", COUNTS)
     checks = {"monotone in epsilon": {"passed": False}, "split": {"passed": True}}
-    put(tmp_path / "metrics/sanity/toy/pgd_at/0.json", {"checks": checks, "passed": False})
+    put(
+        tmp_path / "metrics/sanity/toy/pgd_at/0.json",
+        {"checks": checks, "model_sha256": "pgd_at-0"},
+    )
     text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
     assert list(rows(text)) == ["pgd_at" + raised(text, "sanity check failed: monotone in epsilon")]
     assert "split" not in text
+
+
+def test_checks_of_other_weights_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    put(tmp_path / "metrics/sanity/toy/pgd_at/0.json", {"checks": {}, "model_sha256": "other"})
+    with pytest.raises(UserError, match=r"metrics/sanity/toy/pgd_at/0\.json: checks of other weights"):
+        files(params(["pgd_at"], []), tmp_path)
 
 
 def test_seeds_that_are_missing_are_named(tmp_path: Path) -> None:
