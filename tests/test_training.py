@@ -43,8 +43,11 @@ def short(recipe: Recipe) -> Recipe:
     values = recipe.model_dump()
     values["schedule"].update(epochs=3, drops={2: 0.1})
     values["inner"]["steps"] = min(2, values["inner"]["steps"])
+    values["weights"]["begin"] = min(1, values["weights"]["begin"])
     if values["awp"]:
         values["awp"]["begin"] = 1
+    if values["inner"]["stop"]:
+        values["inner"]["stop"].update(budget={0: 0, 1: 1}, ramp_until=2)
     return Recipe(**values)
 
 
