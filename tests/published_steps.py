@@ -87,7 +87,7 @@ def dynat(inner: str, alpha: float = 1.0, beta: float = 0.0, awp: bool = False, 
         x_adv = climb(t, inner_loss, x, near(batch), 0.031, 0.007)
         t.train()
         v = {}
-        if awp and run.epoch >= 10:
+        if awp and run.epoch >= 9:
             v = proxy_perturbation(t, lambda w: ce(w(x), y).mean() + 6 * kl(w(x), w(x_adv)).mean(), 0.005)
         add_to_weights(t, v, +1)
         z_adv, z = t(x_adv), t(x)
@@ -118,7 +118,7 @@ def trades_awp(run: Published, batch: Batch) -> tuple[Tensor, Tensor]:
     x_adv = climb(t, lambda z: kl(t(x), z), x, near(batch), 8 / 255, 2 / 255)
     t.train()
     v = {}
-    if run.epoch >= 10:
+    if run.epoch >= 9:
         v = proxy_perturbation(t, lambda w: ce(w(x), y).mean() + 6 * kl(w(x), w(x_adv)).mean(), 0.005)
     add_to_weights(t, v, +1)
     z_adv = t(x_adv)

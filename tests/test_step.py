@@ -62,7 +62,7 @@ CASES: dict[str, tuple[Recipe, Step, dict[int, float]]] = {
     "pgd_at": (shipped("pgd_at"), rice(awp=False, loss_check=True), {0: 0.1, 100: 0.01}),
     "trades": (shipped("trades"), trades, {0: 0.1, 74: 0.01}),
     "at_awp": (shipped("at_awp"), rice(awp=True, loss_check=True), {0: 0.1, 1: 0.1}),
-    "trades_awp": (shipped("trades_awp"), trades_awp, {9: 0.1, 10: 0.1}),
+    "trades_awp": (shipped("trades_awp"), trades_awp, {8: 0.1, 9: 0.1}),
     "dynat": (shipped("dynat"), dynat("kl"), {0: 0.02, 1: 0.1}),
     "dynat_inner": (shipped("dynat_inner"), dynat("dynamic"), {0: 0.02, 1: 0.1}),
     "dynat_inner_alpha": (
@@ -75,8 +75,8 @@ CASES: dict[str, tuple[Recipe, Step, dict[int, float]]] = {
         dynat("ce"),
         {0: 0.02, 90: 0.001},
     ),
-    "dynat_awp_b0": (shipped("dynat_awp_b0"), dynat("kl", awp=True, guide=2), {9: 0.1, 10: 0.1}),
-    "dynat_awp": (shipped("dynat_awp"), dynat("kl", beta=1, awp=True, guide=2), {9: 0.1, 10: 0.1}),
+    "dynat_awp_b0": (shipped("dynat_awp_b0"), dynat("kl", awp=True, guide=2), {8: 0.1, 9: 0.1}),
+    "dynat_awp": (shipped("dynat_awp"), dynat("kl", beta=1, awp=True, guide=2), {8: 0.1, 9: 0.1}),
     "dynat_awp_cifar100": (
         shipped("dynat_awp", alpha=0.2),
         dynat("kl", alpha=0.2, beta=1, awp=True, guide=2),
@@ -85,7 +85,7 @@ CASES: dict[str, tuple[Recipe, Step, dict[int, float]]] = {
     "dynat_inner_awp": (
         shipped("dynat_inner_awp"),
         dynat("dynamic", beta=1, awp=True, guide=2),
-        {9: 0.1, 10: 0.1},
+        {8: 0.1, 9: 0.1},
     ),
     "mart": (
         shipped("mart", outer={"adversarial": "bce", "beta": 5, "kl": "mart"}),
