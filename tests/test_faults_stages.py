@@ -177,7 +177,7 @@ def test_autoattack_leaves_within_seconds_in_the_middle_of_a_piece(
         took.append(time.monotonic() - begun)
 
     assert stages.run("autoattack", *CELL, strike=stop) == 75, stages.said()
-    assert took[0] < 5
+    assert took[0] < 10  # seconds, on a machine that may be busy
     said = [line for line in stages.said().splitlines() if not line.startswith("mini pgd_at AutoAttack: ")]
     assert [line for line in said if "MLflow" not in line] == [
         "stopped; the finished pieces are kept for the next run"
