@@ -106,6 +106,7 @@ def project(case: Case) -> "Evidence":
     import torch
 
     from dynat.autoattack import STANDARD, run
+    from dynat.pieces import Pieces
 
     on_processes = case.images.device.type == "cpu" and case.spec.workers > 1
     torch.set_num_threads(max(1, case.cores // case.spec.workers) if on_processes else case.cores)
@@ -118,18 +119,9 @@ def project(case: Case) -> "Evidence":
             path = Path(folder, name)
             return torch.load(path, weights_only=True) if path.exists() else None
 
-        outcome = run(
-            case.network,
-            case.images,
-            case.labels,
-            case.spec,
-            load=kept,
-            save=keep,
-            notify=lambda _: None,
-            stopped=lambda: False,
-        )
-    assert outcome is not None
-    return outcome[0][STANDARD[-1]]
+        pieces = Pieces(kept, keep, lambda _: None, lambda: False)
+        found, _ = run(case.network, case.images, case.labels, case.spec, pieces)
+    return found[STANDARD[-1]]
 
 
 def false_successes(case: Case, found: "Evidence") -> int:

@@ -10,66 +10,43 @@ attacked again in float32.
 """
 
 import logging
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from functools import partial
-from typing import Any
 
 import torch
 from pyautoattack import AutoAttack as Package
 from torch import Tensor, nn
 
+from dynat import parallel
 from dynat.attacks import project
 from dynat.data import to_unit
 from dynat.evaluation import Evidence, join, predict
 from dynat.folding import fold, mixed
 from dynat.params import AutoAttack
+from dynat.pieces import Piece, Pieces, StoppedError
 from dynat.square import Square
-from dynat.workers import share
+from dynat.workers import Say, share
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 SQUARE_GAIN = 0.002  # the package's own threshold for "Square attack improves on white-box attacks"
 
 
-class StoppedError(Exception):
-    """A signal asked to leave; the piece at hand is lost."""
-
-
-Piece = dict[str, Any]
-LoadPiece = Callable[[str], Piece | None]
-SavePiece = Callable[[str, Piece], None]
-Notify = Callable[[str], None]
-
-
 def run(
-    network: nn.Module,
-    images: Tensor,
-    labels: Tensor,
-    spec: AutoAttack,
-    *,
-    load: LoadPiece,
-    save: SavePiece,
-    notify: Notify,
-    stopped: Callable[[], bool],
-) -> tuple[dict[str, Evidence], list[str]] | None:
+    network: nn.Module, images: Tensor, labels: Tensor, spec: AutoAttack, pieces: Pieces
+) -> tuple[dict[str, Evidence], list[str]]:
     """Attack ``network`` on uint8 ``images`` [n,C,H,W]; returns cumulative evidence and the warnings.
 
     The evidence "clean" and then one per attack of the standard ensemble: samples robust to it and to all
-    before it. ``load`` and ``save`` keep finished pieces by name, ``notify(what)`` is called after each.
-    Returns None if ``stopped`` asked to leave; the piece at hand is dropped within a forward.
-    On a CPU several chunks run at once.
+    before it. Raises :class:`dynat.pieces.StoppedError` if ``pieces`` say so; the piece at hand is dropped
+    within a forward. On a CPU several chunks run at once.
     """
     crafting = [fold(network)] if spec.precision == "fp32" else [mixed(network), fold(network)]
     packages = [_package(each, spec, images.device) for each in crafting]
+    for each in crafting:  # copies of this run's own
+        pieces.watch(each)
 
-    def leave_if_stopped(*_: object) -> None:
-        if stopped():
-            raise StoppedError
-
-    for each in crafting:  # copies of this run's own: a piece may take an hour, a forward does not
-        each.register_forward_pre_hook(leave_if_stopped)
-
-    def chunk(first: int, say: Notify) -> tuple[dict[str, Evidence], list[str]]:
+    def chunk(first: int, say: Say) -> tuple[dict[str, Evidence], list[str]]:
         """All pieces of the chunk that begins at ``first``, from the store where they are there."""
         x, y = to_unit(images[first : first + spec.batch]), labels[first : first + spec.batch]
         nothing = torch.zeros(0, dtype=torch.long, device=x.device)
@@ -77,26 +54,18 @@ def run(
         steps: dict[str, Evidence] = {"clean": evidence}
         warnings: list[str] = []
         for attack in STANDARD:
-            name = f"{attack}-{first}"
-            piece = load(name)
-            if piece is None:
-                leave_if_stopped()
-                piece = _run_piece(network, packages, attack, x, y, evidence.robust, spec)
-                save(name, piece)
-                say(f"{attack} {min(first + spec.batch, len(images))}/{len(images)}")
+            make = partial(_run_piece, network, packages, attack, x, y, evidence.robust, spec)
+            piece = pieces.get(f"{attack} {first}-{first + len(x)}", make, say)
             evidence = steps[attack] = _add(evidence, piece)
             warnings += piece["warnings"]
         return {name: _shifted(each, first) for name, each in steps.items()}, warnings
 
     firsts = range(0, len(images), spec.batch)
-    try:
-        if images.device.type == "cpu" and spec.workers > 1:
-            work = [partial(chunk, first) for first in firsts]
-            if not share(work, spec.workers, notify, stopped):
-                return None
-        parts = [chunk(first, notify) for first in firsts]
-    except StoppedError:
-        return None
+    if images.device.type == "cpu" and spec.workers > 1 and parallel.size() == 1:
+        work = [partial(chunk, first) for first in firsts]
+        if not share(work, spec.workers, pieces.notify, pieces.stopped):
+            raise StoppedError
+    parts = pieces.share([partial(chunk, first, pieces.notify) for first in firsts])
     joined = {name: join([part[name] for part, _ in parts]) for name in ("clean", *STANDARD)}
     warnings = list(dict.fromkeys(warning for _, warned in parts for warning in warned))
     before, after = (joined[name].robust.float().mean().item() for name in ("fab-t", "square"))

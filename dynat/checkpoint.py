@@ -113,26 +113,30 @@ class ResumeStore:
     """Resume state of one stage in ``$DVC_ROOT/.dvc/tmp/dynat/<key>/``, for one process at a time.
 
     Use it in a ``with``; a second process is refused with the first one's pid. ``token`` is a random name
-    that the folder keeps from the first start until :meth:`clear`.
+    that the folder keeps from the first start until :meth:`clear`, ``resumed`` counts the starts after it.
+    Processes that work for one that is ``alone`` in the store say that they are not: they only keep pieces.
     """
 
-    def __init__(self, key: str) -> None:
+    def __init__(self, key: str, alone: bool = True) -> None:
         self.folder = Path(os.environ.get("DVC_ROOT", "")).resolve() / ".dvc" / "tmp" / "dynat" / key
-        self.token = ""
-        self._lock = -1
+        self.token, self.resumed = "", 0
+        self._alone, self._lock = alone, -1
         self._good: Path | None = None  # the newest generation known to be sound
 
     def __enter__(self) -> Self:
+        if not self._alone:
+            return self
         with _explained(self.folder):
             self._lock = _lock(self.folder / "lock")
-        token = self.folder / "token"
-        if not token.exists():
-            write_atomically(token, uuid.uuid4().hex.encode())
-        self.token = token.read_text()
+        path = self.folder / "token"
+        name, starts = path.read_text().split() if path.exists() else (uuid.uuid4().hex, "0")
+        write_atomically(path, f"{name} {int(starts) + 1}".encode())
+        self.token, self.resumed = name, int(starts)
         return self
 
     def __exit__(self, *error: object) -> None:
-        os.close(self._lock)
+        if self._alone:
+            os.close(self._lock)
 
     @property
     def last_good(self) -> str:

@@ -5,24 +5,25 @@ import time
 import torch
 
 from dynat.errors import UserError
-from dynat.networks import build, multiply_adds
-from dynat.params import Study
-from dynat.recipes import Recipe
+from dynat.networks import multiply_adds
+from dynat.params import Machine
+from dynat.step import Engine
+from dynat.training import Training
 
 LIMIT_HOURS = 12.0  # longer than this on a CPU is a mistake unless ``machine.device=cpu`` insists
 
 
-def refuse_days_on_cpu(setting: str, study: Study, recipe: Recipe, images: torch.Tensor) -> None:
+def refuse_days_on_cpu(setting: str, machine: Machine, training: Training) -> None:
     """Raise :class:`UserError` if a training would keep this CPU busy for longer than ``LIMIT_HOURS``.
 
-    ``images`` [n,C,H,W] are the training images, on the device that trains. Nothing is refused where
-    ``machine.device=cpu`` insists.
+    Nothing is refused where ``machine.device=cpu`` insists.
     """
-    if images.device.type != "cpu" or study.machine.device != "auto":
+    engine, images = training.engine, training.data.train_images
+    if engine.device.type != "cpu" or machine.device != "auto":
         return
     count, *shape = images.shape
-    work = multiply_adds_per_image(study, recipe, (shape[0], shape[1], shape[2])) * count
-    hours = work * recipe.schedule.epochs / measured_peak(images.device) / 3600
+    work = multiply_adds_per_image(engine, (shape[0], shape[1], shape[2])) * count
+    hours = work * engine.recipe.schedule.epochs / measured_peak(engine.device) / 3600
     if hours > LIMIT_HOURS:
         raise UserError(
             f"{setting}: no accelerator here, and this CPU would train for at least {hours / 24:.1f} days; "
@@ -30,21 +31,17 @@ def refuse_days_on_cpu(setting: str, study: Study, recipe: Recipe, images: torch
         )
 
 
-def multiply_adds_per_image(study: Study, recipe: Recipe, shape: tuple[int, int, int]) -> int:
+def multiply_adds_per_image(engine: Engine, shape: tuple[int, int, int]) -> int:
     """Multiply-adds of one training image: a backward to the input costs one forward, a full one two."""
+    recipe = engine.recipe
     forwards = 2 * recipe.inner.steps + 3  # inner forwards and backwards, then the training step
     forwards += recipe.inner.loss == "kl"
     if recipe.outer.natural_ce or recipe.outer.beta > 0:
         forwards += 3
     if recipe.awp is not None:
         forwards += 3 * (1 + (recipe.awp.objective.beta > 0))
-    classes, channels = study.data.classes, shape[0]
-    target = build(study.target.name, classes, channels, **study.target.options)
-    total = forwards * multiply_adds(target, shape)
-    if recipe.needs_guide:
-        guide = build(study.guide.name, classes, channels, **study.guide.options)
-        total += 3 * multiply_adds(guide, shape)
-    return total
+    total = forwards * multiply_adds(engine.target, shape)
+    return total if engine.guide is None else total + 3 * multiply_adds(engine.guide, shape)
 
 
 def measured_peak(device: torch.device, size: int = 1024) -> float:

@@ -10,6 +10,7 @@ no sample counts as broken before the network itself, as stored, misclassifies i
 import hashlib
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from functools import partial
 
 import torch
 from pyautoattack.autopgd_base import APGDAttack
@@ -19,6 +20,7 @@ from dynat import attacks
 from dynat.data import to_unit
 from dynat.folding import fold
 from dynat.params import Attack
+from dynat.pieces import Piece, Pieces
 
 
 @dataclass
@@ -36,22 +38,41 @@ def evaluate(
     labels: Tensor,
     spec: Attack,
     which: Collection[str],
-    advance: Callable[[int], object],
+    pieces: Pieces | None = None,
 ) -> dict[str, Evidence]:
     """Attack ``network`` with ``which`` of fgsm, pgd (every PGD-k of ``spec``), cw and apgd-ce.
 
-    ``images`` uint8 [n,C,H,W], ``labels`` int64 [n]; ``advance(count)`` is called after each batch.
-    Returns the evidence of clean, fgsm, pgd<k>, cw and apgd-ce, in that order.
+    ``images`` uint8 [n,C,H,W], ``labels`` int64 [n]. With ``pieces`` each batch is one, kept and shared.
+    Returns the evidence of clean, fgsm, pgd<k>, cw and apgd-ce, in that order. Raises
+    :class:`dynat.pieces.StoppedError` if ``pieces`` say so.
     """
     crafting = fold(network)
-    parts: dict[str, list[Evidence]] = {}
-    for first in range(0, len(images), spec.batch):
+
+    def batch(first: int) -> Piece:
         x, y = to_unit(images[first : first + spec.batch]), labels[first : first + spec.batch]
-        for name, evidence in _attack_batch(network, crafting, x, y, spec, which, first).items():
+        found = _attack_batch(network, crafting, x, y, spec, which, first)
+        for evidence in found.values():
             evidence.indices += first
-            parts.setdefault(name, []).append(evidence)
-        advance(len(x))
-    return {name: join(evidence) for name, evidence in parts.items()}
+        return {name: vars(evidence) for name, evidence in found.items()}
+
+    firsts = range(0, len(images), spec.batch)
+    if pieces is None:
+        parts = [batch(first) for first in firsts]
+    else:
+        pieces.watch(crafting)  # a copy of this run's own
+        lasts = [min(first + spec.batch, len(images)) for first in firsts]
+        parts = pieces.share(
+            [
+                partial(pieces.get, f"{first}-{last}", partial(batch, first))
+                for first, last in zip(firsts, lasts, strict=True)
+            ]
+        )
+    return {name: join([_on(images.device, part[name]) for part in parts]) for name in parts[0]}
+
+
+def _on(device: torch.device, evidence: dict[str, Tensor]) -> Evidence:
+    """Evidence as it was kept, on the device."""
+    return Evidence(**{name: value.to(device) for name, value in evidence.items()})
 
 
 def join(parts: list[Evidence]) -> Evidence:

@@ -10,9 +10,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import yaml
-
 from dynat.errors import UserError
+from dynat.lock import locked, read_lock
 from dynat.params import Params
 from dynat.verdicts import accuracy, decode
 
@@ -93,27 +92,13 @@ def read_code(root: Path) -> Code:
 
     A whole ``dvc repro`` brings all stages to one version. ``-s``, ``frozen`` and ``dvc commit`` need not.
     """
-    try:
-        text = (root / "dvc.lock").read_text(encoding="utf-8")
-        stages = (yaml.load(text, _Loader) or {}).get("stages", {})
-        return {
-            (stage, cell): {
-                dep["path"]: dep["md5"]
-                for dep in entry.get("deps", ())
-                if re.match(r"(dynat|stages)/", dep["path"])
-            }
-            for name, entry in stages.items()
-            for stage, _, cell in [re.sub(r"_(baseline|dynat)@", "@", name, count=1).partition("@")]
+    return {
+        (stage, cell): {
+            path: md5 for path, md5 in locked(entry, "deps").items() if re.match(r"(dynat|stages)/", path)
         }
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"dvc.lock: cannot be read ({reason}); restore it with git checkout") from None
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """A safe loader, by libyaml where it is there: Python's own takes seconds for a long lock file."""
+        for name, entry in read_lock(root).items()
+        for stage, _, cell in [re.sub(r"_(baseline|dynat)@", "@", name, count=1).partition("@")]
+    }
 
 
 def read_json(root: Path, name: str) -> dict[str, Any] | None:

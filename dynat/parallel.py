@@ -10,11 +10,16 @@ order. Nothing is imported before it is needed: the CPU is pinned before torch.
 import io
 import os
 from collections.abc import Iterable, Sequence
+from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor
+
+PATIENCE = timedelta(
+    days=1
+)  # shares of an evaluation differ by hours; torchrun ends all when one process dies
 
 
 def size() -> int:
@@ -34,7 +39,8 @@ def join(device: "torch.device") -> None:
     import torch.distributed as dist
 
     if not dist.is_initialized():
-        dist.init_process_group("cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo")
+        backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+        dist.init_process_group(backend, timeout=PATIENCE)
 
 
 def leave() -> None:

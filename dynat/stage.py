@@ -77,6 +77,7 @@ class RunRecord:
     """The volatile half of a result (time, hardware, versions, MLflow run), for ``metrics/runs``."""
 
     def __init__(self, stage: str, cell: Cell) -> None:
+        self.kind, self.cell = stage, cell
         self.path = Path("metrics/runs", stage) / cell.path("").with_suffix(".json")
         self.started, self.clock = datetime.now(UTC), time.monotonic()
         self.values: dict[str, Any] = {

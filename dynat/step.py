@@ -65,7 +65,7 @@ class Engine:
             weight_decay=schedule.weight_decay,
         )
         self.device = next(target.parameters()).device
-        self.uses_adversary = recipe.outer.adversarial != "none" or recipe.outer.beta > 0
+        self.uses_adversary = recipe.outer.reads_adversarial
         needs_natural = objectives.needs_natural(recipe.outer)
         forwards: list[str] = list(recipe.batch_norm.target or ())
         if recipe.batch_norm.target is None:
@@ -226,8 +226,8 @@ class Engine:
             return nullcontext()
         with statistics(self.target, 0.0, 0), self._autocast():  # the published proxy has its own buffers
             natural = self.target(batch.images) if objectives.needs_natural(awp.objective) else None
-            reads_adversarial = awp.objective.adversarial != "none" or awp.objective.beta > 0
-            logits = self.target(adversarial) if reads_adversarial or natural is None else natural
+            reads = awp.objective.reads_adversarial
+            logits = self.target(adversarial) if reads or natural is None else natural
         loss = objectives.target_loss(
             awp.objective,
             natural=natural,

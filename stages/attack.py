@@ -1,55 +1,70 @@
 """Stage attack: clean, FGSM, PGD-k, C&W and APGD-CE accuracy of the best and the last checkpoint.
 
 Writes ``metrics/attack/<setting>/<method>/<seed>.json``, the verdict of every sample beside it, and the
-adversarial image of every broken sample.
+adversarial image of every broken sample; and ``metrics/sanity/...``, checks that this evaluation can be
+trusted, and the accuracy against epsilon. A failed check stops nothing: it marks the method in every table.
 """
 
-import sys
-from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
-
-from dynat import environment
-from dynat.checkpoint import sha256
+from dynat import environment, parallel
+from dynat.params import Attack
 from dynat.stage import RunRecord, cell, main
-from dynat.tracking import Tracker
+
+if TYPE_CHECKING:
+    from dynat.assessment import Model, Outcome
+    from dynat.pieces import Pieces
 
 EVERYTHING = ("fgsm", "pgd", "cw", "apgd-ce")
-CHECKPOINTS = (("best", "target.safetensors", EVERYTHING), ("last", "target.last.safetensors", ("pgd",)))
+CHECKPOINTS = (("best", "target", EVERYTHING), ("last", "target.last", ("pgd",)))
 
 
-def stage() -> None:
+def stage() -> int:
     """Attack both checkpoints with everything in the study's ``attack`` section."""
     here = cell(__doc__ or "")
     record = RunRecord("attack", here)
-    spec = here.study.attack
-    environment.pin(here.study.machine)
-    tracker = Tracker(
-        here.setting, f"{here.method}-{here.seed}", tags={"stage": "attack"}, params=spec.model_dump()
-    )
+    spec, machine = here.study.attack, here.study.machine
+    environment.pin(machine)
+    from dynat.assessment import assess
 
-    from dynat.data import load
+    return assess(record, spec, machine, lambda model, pieces: _attack(model, pieces, spec))
+
+
+def _attack(model: "Model", pieces: "Pieces", spec: Attack) -> "Outcome":
+    from dynat.assessment import Outcome
     from dynat.evaluation import evaluate
-    from dynat.results import load_network, write_results
 
-    with tracker:
-        device = environment.device_of(here.study.machine)
-        data = load(Path("data", f"{here.setting}.safetensors"), device)
-        images, labels = data.test_images[: spec.n], data.test_labels[: spec.n]
-        found, epochs = {}, {}
-        with tqdm(total=2 * len(images), leave=False, disable=not sys.stderr.isatty()) as bar:
-            for checkpoint, file, attacks in CHECKPOINTS:
-                network, epochs[f"{checkpoint}_epoch"] = load_network(here.path("models") / file, device)
-                bar.set_description(f"{here.setting} {here.method} {checkpoint}")
-                found[checkpoint] = evaluate(network, images, labels, spec, attacks, bar.update)
-        model = sha256(here.path("models") / "target.safetensors")
-        header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": model, **epochs}
-        write_results(here.path("metrics/attack"), header, found, {})
-        accuracies = {name: 100 * e.robust.float().mean().item() for name, e in found["best"].items()}
-        print("  ".join(f"{name} {value:.2f}" for name, value in accuracies.items()))
-        tracker.metrics(0, accuracies)
-        tracker.tags({"model.sha256": model})
-        record.write(**environment.record(device), model_sha256=model, mlflow_run_id=tracker.finish())
+    images, labels = model.images[: spec.n], model.labels[: spec.n]
+    found, epochs = {}, {}
+    for checkpoint, weights, attacks in CHECKPOINTS:
+        network, epochs[f"{checkpoint}_epoch"] = model.network(weights)
+        found[checkpoint] = evaluate(network, images, labels, spec, attacks, pieces.within(checkpoint))
+    accuracies = {name: 100 * each.robust.float().mean().item() for name, each in found["best"].items()}
+    if parallel.rank() > 0:
+        return Outcome(found, epochs, accuracies)
+    sanity = _sanity(model, pieces, spec, found["best"])
+    failed = [
+        f"FAILED {name} {check['values']}" for name, check in sanity["checks"].items() if not check["passed"]
+    ]
+    accuracies["failed_checks"] = len(failed)
+    return Outcome(found, epochs, accuracies, sanity=sanity, notes=tuple(failed))
+
+
+def _sanity(model: "Model", pieces: "Pieces", spec: Attack, found: dict[str, Any]) -> dict[str, Any]:
+    """The content of ``metrics/sanity`` for the selected checkpoint."""
+    from dynat.sanity import SAMPLES, check
+
+    network, _ = model.network("target")
+    pieces.watch(network)
+    guide = model.network("guide")[0] if (model.folder / "guide.safetensors").exists() else None
+    images, labels = model.images[: spec.n][:SAMPLES], model.labels[: spec.n][:SAMPLES]
+    checks, curve = check(network, guide, images, labels, spec, found)
+    return {
+        "n": len(images),
+        "passed": all(each.passed for each in checks.values()),
+        "checks": {name: each.as_json() for name, each in checks.items()},
+        "epsilon_curve": curve,
+    }
 
 
 if __name__ == "__main__":

@@ -44,7 +44,7 @@ def stage() -> int:
     from dynat.estimate import refuse_days_on_cpu
 
     training, metadata, key = set_up(here)
-    refuse_days_on_cpu(here.setting, here.study, training.recipe, training.data.train_images)
+    refuse_days_on_cpu(here.setting, here.study.machine, training)
     with ResumeStore(key) as store, tracker:
         tracker.begin(store.token)
         if state := parallel.from_first(store.load()):
@@ -78,6 +78,7 @@ def stage() -> int:
         record.write(
             **environment.record(training.engine.device),
             processes=parallel.size(),
+            resumed=store.resumed,
             model_sha256=model,
             mlflow_run_id=run_id,
         )

@@ -344,6 +344,30 @@ def test_a_training_that_did_not_happen_is_not_replayed(repository: Path) -> Non
 
 
 @slow
+def test_a_training_of_several_processes_is_said_not_to_be_replayed(repository: Path) -> None:
+    path = repository / "metrics/runs/train/digits/pgd_at/0.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"processes": 2}))
+    result = process(repository, CELL, "--replay", "3")
+    assert result.returncode == 0, result.stdout + result.stderr
+    assert "not repeated: 2 processes trained it" in result.stdout
+
+
+def test_the_circumstances_say_how_often_a_training_was_resumed(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = repository / "metrics/runs/train/digits/pgd_at/0.json"
+    record = json.loads(path.read_text())
+    for entries, said in (
+        ({"resumed": 0}, "never resumed"),
+        ({"resumed": 3, "resumed_from_epoch": 2}, "resumed 3 times, last at epoch 2"),
+        ({"resumed": 1}, "resumed 1 time;"),
+    ):
+        path.write_text(json.dumps(record | entries))
+        main([CELL])
+        assert said in capsys.readouterr().out
+
+
+@slow
 def test_crate_links_the_run_to_every_result_file_by_its_hash(repository: Path, tmp_path: Path) -> None:
     pytest.importorskip("rocrate", reason="needs the extra crate")
     folder = tmp_path / "crate"

@@ -1,5 +1,6 @@
 """AutoAttack in pieces: the same as the package in one go, resumable, and with its warnings kept."""
 
+from collections.abc import Callable
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 from dynat.autoattack import STANDARD, _package, _run_piece, run
 from dynat.networks import build
 from dynat.params import AutoAttack
+from dynat.pieces import Pieces, StoppedError
 
 pytestmark = pytest.mark.slow
 IMAGES = torch.randint(0, 256, (8, 1, 8, 8), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
@@ -35,20 +37,13 @@ def labels(network: nn.Module) -> Tensor:
     return network(IMAGES / 255).argmax(1)
 
 
+def pieces(kept: dict[str, Any], stopped: Callable[[], bool] = lambda: False) -> Pieces:
+    return Pieces(kept.get, kept.__setitem__, lambda _: None, stopped)
+
+
 def attack(network: nn.Module, labels: Tensor, spec: AutoAttack, kept: dict[str, Any]) -> Any:
     """Run with pieces kept in ``kept``; in worker processes they are lost, and made again here."""
-    outcome = run(
-        network,
-        IMAGES,
-        labels,
-        spec,
-        load=kept.get,
-        save=kept.__setitem__,
-        notify=lambda _: None,
-        stopped=lambda: False,
-    )
-    assert outcome is not None
-    return outcome
+    return run(network, IMAGES, labels, spec, pieces(kept))
 
 
 FORWARDED: list[int] = []  # rows of every forward of the run in two chunks
@@ -83,7 +78,7 @@ def test_finished_pieces_are_not_run_again_and_change_nothing(
     kept: dict[str, Any] = {}
     attack(network, labels, small(4), kept)
     assert len(kept) == 2 * len(STANDARD)
-    del kept["fab-t-4"], kept["square-4"]
+    del kept["fab-t 4-8"], kept["square 4-8"]
     frozen = dict(kept)
     found, _ = attack(network, labels, small(4), kept)
     assert all(kept[name] is piece for name, piece in frozen.items())
@@ -92,19 +87,19 @@ def test_finished_pieces_are_not_run_again_and_change_nothing(
         assert torch.equal(evidence.images, in_two_chunks[0][name].images)
 
 
+def test_a_piece_of_fewer_images_is_never_taken_for_that_of_more(network: nn.Module, labels: Tensor) -> None:
+    kept: dict[str, Any] = {}
+    run(network, IMAGES[:6], labels[:6], small(4), pieces(kept))  # a chunk of four, then one of two
+    found, _ = run(network, IMAGES, labels, small(4), pieces(kept))
+    alone, _ = run(network, IMAGES, labels, small(4), pieces({}))
+    assert torch.equal(found["square"].robust, alone["square"].robust)
+    assert len(kept) == 3 * len(STANDARD)
+
+
 def test_a_stop_leaves_after_the_piece_at_hand(network: nn.Module, labels: Tensor) -> None:
     kept: dict[str, Any] = {}
-    outcome = run(
-        network,
-        IMAGES,
-        labels,
-        small(4),
-        load=kept.get,
-        save=kept.__setitem__,
-        notify=lambda _: None,
-        stopped=lambda: len(kept) == 3,
-    )
-    assert outcome is None
+    with pytest.raises(StoppedError):
+        run(network, IMAGES, labels, small(4), pieces(kept, lambda: len(kept) == 3))
     assert len(kept) == 3
 
 

@@ -312,17 +312,22 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first_until_that_is_kil
             store.save(full(1))
 
 
-def test_the_token_lasts_until_the_stage_is_done() -> None:
+def test_the_token_lasts_until_the_stage_is_done_and_the_starts_are_counted() -> None:
     with ResumeStore("key") as store:
         first = store.token
+        assert store.resumed == 0
         store.save(full(1))
         store.save_piece("square-0", full(1))
     with ResumeStore("key") as store:
         assert store.token == first
+        assert store.resumed == 1
+    with ResumeStore("key") as store:
+        assert store.resumed == 2
         store.clear()
         assert not store.folder.exists()
     with ResumeStore("key") as store:
         assert store.token != first
+        assert store.resumed == 0
         assert store.load() is None
         assert store.load_piece("square-0") is None
 

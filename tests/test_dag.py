@@ -20,7 +20,7 @@ from dynat.params import load
 ROOT = Path(__file__).parents[1]
 FILE = ROOT / "params.yaml"
 pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # of a package that DVC uses
-KINDS = ("train", "attack", "autoattack", "sanity")  # run for each setting, method and seed
+KINDS = ("train", "attack", "autoattack")  # run for each setting, method and seed
 STAGES: dict[str, Any] = load_yaml(ROOT / "dvc.yaml")["stages"]
 
 
@@ -159,7 +159,7 @@ def test_every_parameter_that_a_stage_depends_on_is_there(whole: Repo) -> None:
         ("recipes.pgd_at", r"train_baseline@\w+-pgd_at-\d"),
         ("study.digits.data", r"prepare@digits"),
         ("study.digits.train", r"train_\w+@digits-.*"),
-        ("study.digits.attack", r"(attack|sanity)_\w+@digits-.*"),
+        ("study.digits.attack", r"attack_\w+@digits-.*"),
         ("study.digits.autoattack", r"autoattack_\w+@digits-.*"),
         ("seeds", r"tabulate"),
     ],

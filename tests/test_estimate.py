@@ -6,9 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
+from dynat.data import Splits
 from dynat.errors import UserError
 from dynat.estimate import multiply_adds_per_image, refuse_days_on_cpu
+from dynat.networks import build
 from dynat.params import Params, load
+from dynat.step import Engine
+from dynat.training import Training
 
 ROOT = Path(__file__).parents[1]
 
@@ -22,11 +26,19 @@ def images(count: int) -> Tensor:
     return torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(count, -1, -1, -1)
 
 
+def engine(params: Params, setting: str, method: str) -> Engine:
+    study, recipe = params.study[setting], params.recipe(setting, method)
+    wanted = [study.target, study.guide] if recipe.needs_guide else [study.target]
+    networks = [build(each.name, study.data.classes, 3, **each.options) for each in wanted]
+    return Engine(recipe, networks[0], networks[1] if recipe.needs_guide else None)
+
+
 def refuse(params: Params, setting: str, count: int, **changes: str) -> None:
     study = params.study[setting]
-    machine = study.machine.model_copy(update=changes)
-    study = study.model_copy(update={"machine": machine})
-    refuse_days_on_cpu(setting, study, params.recipe(setting, "dynat"), images(count))
+    nothing = torch.zeros(0, dtype=torch.uint8)
+    data = Splits(images(count), *[nothing] * 5, classes=())
+    training = Training(engine(params, setting, "dynat"), study.train, data, seed=0)
+    refuse_days_on_cpu(setting, study.machine.model_copy(update=changes), training)
 
 
 def test_a_training_of_days_on_a_cpu_is_refused_with_the_days_and_the_switch_that_insists(
@@ -51,6 +63,5 @@ def test_a_folder_of_images_is_measured_by_what_lies_in_it(params: Params) -> No
 
 
 def test_work_of_pgd_at_on_resnet18_is_the_hand_count(params: Params) -> None:
-    study = params.study["cifar10_resnet18"]
-    recipe = params.recipe("cifar10_resnet18", "pgd_at")  # 10 inner steps of two, a training step of three
-    assert multiply_adds_per_image(study, recipe, (3, 32, 32)) == pytest.approx(23 * 0.556e9, rel=0.01)
+    pgd_at = engine(params, "cifar10_resnet18", "pgd_at")  # 10 inner steps of two, a training step of three
+    assert multiply_adds_per_image(pgd_at, (3, 32, 32)) == pytest.approx(23 * 0.556e9, rel=0.01)

@@ -40,7 +40,7 @@ def labels(network: nn.Module, images: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def found(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Evidence]:
-    return evaluate(network, images, labels, SPEC, EVERYTHING, lambda _: None)
+    return evaluate(network, images, labels, SPEC, EVERYTHING)
 
 
 def plain_attack(network: nn.Module, x: Tensor, y: Tensor, start: Tensor, steps: int, cw: bool) -> Tensor:
@@ -104,9 +104,7 @@ def test_more_steps_and_any_attack_only_break_more(found: dict[str, Evidence]) -
 def test_no_verdict_depends_on_the_batch(
     network: nn.Module, images: Tensor, labels: Tensor, found: dict[str, Evidence], batch: int
 ) -> None:
-    again = evaluate(
-        network, images, labels, SPEC.model_copy(update={"batch": batch}), ("pgd", "cw"), lambda _: None
-    )
+    again = evaluate(network, images, labels, SPEC.model_copy(update={"batch": batch}), ("pgd", "cw"))
     for name, evidence in again.items():
         assert torch.equal(evidence.robust, found[name].robust)
 
@@ -123,7 +121,7 @@ def forwarded(network: nn.Module) -> Iterator[list[int]]:
 def test_no_forward_is_larger_than_the_batch(
     network: nn.Module, images: Tensor, labels: Tensor, forwarded: list[int]
 ) -> None:
-    evaluate(network, images, labels, SPEC, EVERYTHING, lambda _: None)
+    evaluate(network, images, labels, SPEC, EVERYTHING)
     assert max(forwarded) == SPEC.batch < len(images)
 
 
@@ -134,11 +132,11 @@ def test_a_step_of_pgd_costs_one_forward_of_the_samples_still_robust(
         labels = network(images / 255).argmax(1)
     forwarded.clear()
     spec = SPEC.model_copy(update={"epsilon": 1e-6, "pgd": [3, 8], "batch": 40})  # nothing breaks
-    found = evaluate(network, images, labels, spec, ("pgd",), lambda _: None)
+    found = evaluate(network, images, labels, spec, ("pgd",))
     assert found["pgd8"].robust.all()
     assert forwarded == [40] * (1 + 8 + 1)  # clean, eight gradients, the last verdict
     forwarded.clear()
-    broken = int((~evaluate(network, images, labels, SPEC, ("pgd",), lambda _: None)["pgd8"].robust).sum())
+    broken = int((~evaluate(network, images, labels, SPEC, ("pgd",))["pgd8"].robust).sum())
     assert broken > 0
     assert sum(forwarded) < 40 * (1 + 8 + 1)
 
@@ -161,7 +159,7 @@ def test_a_network_in_training_mode_is_refused(network: nn.Module, images: Tenso
     network.train()
     try:
         with pytest.raises(AssertionError, match="eval mode"):
-            evaluate(network, images, labels, SPEC, ("pgd",), lambda _: None)
+            evaluate(network, images, labels, SPEC, ("pgd",))
     finally:
         network.eval()
 

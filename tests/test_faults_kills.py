@@ -105,66 +105,58 @@ def trained(stages: Server) -> Server:
 
 def evaluated(stages: Server, stage: str) -> dict[str, str]:
     """Hashes of metrics, verdicts and witness, which are removed."""
-    folder = stages.folder / "metrics" / stage
-    found = hashes(folder)
-    assert {
-        f"{stage}/mini/pgd_at/0{end}" for end in (".json", ".verdicts.json", ".witness.safetensors")
-    } == set(found)
-    shutil.rmtree(folder)
+    metrics = stages.folder / "metrics"
+    folders = [metrics / name for name in ((stage, "sanity") if stage == "attack" else (stage,))]
+    found = hashes(*folders)
+    expected = {f"{stage}/mini/pgd_at/0{end}" for end in (".json", ".verdicts.json", ".witness.safetensors")}
+    assert set(found) - {"sanity/mini/pgd_at/0.json"} == expected
+    assert len(found) == len(expected) + (stage == "attack")
+    for folder in folders:
+        shutil.rmtree(folder)
     return found
 
 
-def test_a_killed_evaluation_is_done_again_with_the_same_bytes(trained: Server, tally: Tally) -> None:
-    cell, chance = ("mini", "pgd_at", "0"), random.Random(0)
-    begun = time.monotonic()
-    assert trained.run("attack", *cell) == 0, trained.said()
-    duration = time.monotonic() - begun
-    expected = evaluated(trained, "attack")
-    strikes = [after(chance.uniform(0, 0.9 * duration)) for _ in range(3)]
-    strikes.append(while_there_is(trained.folder, "metrics/attack/mini/pgd_at/.0.*.tmp"))
-    for strike in strikes:
-        struck(trained, tally, "attack", strike, "attack", *cell)
-    assert trained.run("attack", *cell) == 0, trained.said()
-    assert evaluated(trained, "attack") == expected
-
-
-@pytest.mark.parametrize("workers", [1, 2])
-def test_a_killed_autoattack_ends_with_the_same_bytes_and_repeats_no_finished_piece(
-    trained: Server, tally: Tally, workers: int
+@pytest.mark.parametrize(
+    ("stage", "workers", "count"),
+    [
+        ("attack", 1, 6),  # two checkpoints, three batches
+        ("autoattack", 1, 8),  # four attacks on two chunks
+        ("autoattack", 2, 8),
+    ],
+)
+def test_a_killed_evaluation_ends_with_the_same_bytes_and_repeats_no_finished_piece(
+    trained: Server, tally: Tally, stage: str, workers: int, count: int
 ) -> None:
     cell, chance = ("mini", "pgd_at", "0"), random.Random(workers)
     write_params(trained.folder, autoattack__workers=1)
     begun = time.monotonic()
-    assert trained.run("autoattack", *cell) == 0, trained.said()
+    assert trained.run(stage, *cell) == 0, trained.said()
     duration = time.monotonic() - begun
-    assert len(pieces := said_pieces(trained)) == 8  # four attacks on two chunks
-    expected = evaluated(trained, "autoattack")
+    assert len(pieces := said_pieces(trained)) == count
+    expected = evaluated(trained, stage)
 
     write_params(trained.folder, autoattack__workers=workers)
     strikes = [after(chance.uniform(0.1, 0.4 * duration)) for _ in range(4)]
     strikes.insert(1, while_there_is(trained.folder, ".dvc/tmp/dynat/*/.piece-*.tmp"))
+    strikes.append(while_there_is(trained.folder, f"metrics/{stage}/mini/pgd_at/.0.*.tmp"))
+    what = f"{stage}, workers={workers}"
     done: list[str] = []
     kills = 0
     while struck(
-        trained,
-        tally,
-        f"autoattack, workers={workers}",
-        strikes[kills] if kills < len(strikes) else lambda pid: None,
-        "autoattack",
-        *cell,
+        trained, tally, what, strikes[kills] if kills < len(strikes) else lambda pid: None, stage, *cell
     ):
         kills += 1
         done += said_pieces(trained)
     done += said_pieces(trained)
     assert kills >= 2
-    assert evaluated(trained, "autoattack") == expected
+    assert evaluated(trained, stage) == expected
     assert len(set(done)) == len(done), "a piece that was finished has been done again"
     assert set(done) <= set(pieces)
     assert states(trained.folder) == []
 
 
 def said_pieces(stages: Server) -> list[str]:
-    return re.findall(r"AutoAttack: (.*)$", stages.said(), re.MULTILINE)
+    return re.findall(r"attack: (.*)$", stages.said(), re.MULTILINE)
 
 
 def test_at_least_twenty_kills_have_struck(tally: Tally) -> None:

@@ -144,3 +144,31 @@ def test_a_batch_with_too_few_images_for_the_processes_is_refused_before_any_wor
     assert result.returncode != 0
     assert "last batch has 1 images for 2 processes" in result.stderr
     assert not (repository / "models/digits").exists()
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("stage", ["attack", "autoattack"])
+def test_two_processes_evaluate_to_the_same_bytes_as_one_and_share_the_work(
+    repository: Path, stage: str
+) -> None:
+    params = yaml.safe_load((repository / "params.yaml").read_text())
+    study = params["study"]["digits"]
+    study["attack"] |= {"n": 70, "batch": 20, "pgd": [2, 5], "cw_steps": 3, "apgd_steps": 5}
+    study["autoattack"] |= {"n": [6], "batch": 2, "epsilon": 0.02}
+    (repository / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert run([sys.executable, *CELL], repository).returncode == 0
+    said = {}
+    written: dict[int, dict[str, bytes]] = {}
+    for processes in (1, 2):
+        launch = torchrun(2) if processes == 2 else [sys.executable]
+        result = run([*launch, "-m", f"stages.{stage}", *CELL[2:]], repository)
+        assert result.returncode == 0, result.stderr
+        said[processes] = [line for line in result.stdout.splitlines() if f" {stage}: " in line]
+        files = [path for path in (repository / "metrics").rglob("0.*") if "runs" not in path.parts]
+        written[processes] = {str(path): path.read_bytes() for path in files}
+        for path in files:
+            path.unlink()
+    assert written[1] == written[2]
+    assert len(written[1]) == (4 if stage == "attack" else 3)
+    assert set(said[2]) < set(said[1])  # the first process tells of its own share
+    assert len(said[2]) == len(said[1]) // 2 + (stage == "autoattack") * 2

@@ -3,8 +3,9 @@
 import torch
 from torch import Tensor, nn
 
+from dynat.evaluation import Evidence, evaluate
 from dynat.params import Attack
-from dynat.sanity import check
+from dynat.sanity import Check, Curve, check
 
 SPEC = Attack(epsilon=0.1, step=0.025, pgd=[10], batch=40)
 
@@ -49,13 +50,18 @@ def images() -> tuple[Tensor, Tensor]:
     return x, (x[..., :4].float().mean((1, 2, 3)) <= x[..., 4:].float().mean((1, 2, 3))).long()
 
 
+def checked(network: nn.Module, guide: nn.Module | None = None) -> tuple[dict[str, Check], Curve]:
+    x, y = images()
+    return check(network, guide, x, y, SPEC, evaluate(network.eval(), x, y, SPEC, ("fgsm", "pgd", "cw")))
+
+
 def failed(network: nn.Module, guide: nn.Module | None = None) -> set[str]:
-    checks, _ = check(network.eval(), guide, *images(), SPEC)
+    checks, _ = checked(network, guide)
     return {name for name, each in checks.items() if not each.passed}
 
 
 def test_a_model_whose_gradients_say_the_truth_passes_every_check() -> None:
-    checks, curve = check(Sides().eval(), Sides().eval(), *images(), SPEC)
+    checks, curve = checked(Sides(), Sides().eval())
     assert len(checks) == 8
     assert all(each.passed for each in checks.values()), checks
     x, y = images()
@@ -82,3 +88,21 @@ def test_a_model_that_depends_on_the_batch_is_caught() -> None:
 def test_masked_gradients_are_caught_by_transfer_from_a_guide_too() -> None:
     assert "transfer from the guide is weaker than PGD-20" in failed(Masked(), Sides().eval())
     assert not failed(Sides(), Inverted().eval())
+
+
+def test_what_the_evaluation_has_found_is_taken_and_what_it_lacks_is_found() -> None:
+    x, y = images()
+    whole = SPEC.model_copy(update={"pgd": [20, 50, 100]})
+    found = evaluate(Sides().eval(), x, y, whole, ("fgsm", "pgd", "cw"))
+    taken = check(Sides().eval(), None, x[:60], y[:60], whole, found)
+    assert taken == check(
+        Sides().eval(),
+        None,
+        x[:60],
+        y[:60],
+        SPEC,
+        evaluate(Sides().eval(), x, y, SPEC, ("fgsm", "pgd", "cw")),
+    )
+    spoilt = {**found, "pgd20": Evidence(torch.ones(80, dtype=torch.bool), y[:0], x[:0].float())}
+    checks, _ = check(Sides().eval(), None, x, y, whole, spoilt)
+    assert not checks["PGD-20 is at least as strong as FGSM"].passed

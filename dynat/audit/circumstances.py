@@ -46,12 +46,13 @@ def _fault(record: dict[str, Any], stage: str, run: str, model_sha256: str) -> s
 def _described(root: Path, name: str, record: dict[str, Any], model_sha256: str) -> Link:
     hardware, versions = record["hardware"], record["versions"]
     where = hardware["accelerator"] if hardware["accelerator"] != "none" else hardware["processor"]
-    resumed = record.get("resumed_from_epoch")
+    resumed, epoch = record.get("resumed", 0), record.get("resumed_from_epoch")
+    times = "never resumed" if not resumed else f"resumed {resumed} time{'s' if resumed > 1 else ''}"
     parts = [
         f"{record['started'][:10]}, {record['seconds']:g} s on {where}",
         f"torch {versions['torch']}, python {versions['python']}",
         f"seed {record['seed']}",
-        "never resumed" if resumed is None else f"resumed at epoch {resumed}",
+        times if epoch is None else f"{times}, last at epoch {epoch}",
     ]
     if record.get("experiment"):
         parts.append(f"experiment {record['experiment']} on {str(record.get('baseline_rev'))[:10]}")

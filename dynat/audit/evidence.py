@@ -210,10 +210,14 @@ def replay(shown: Printed, run: str, steps: int) -> list[Link]:
     setting, method, seed = run.split("/")
     trace = f"models/{run}/trace.csv"
     _needed(shown, trace, f"data/{setting}.safetensors")
+    record = read_json(shown.root, f"metrics/runs/train/{run}.json") or {}
+    if (processes := record.get("processes", 1)) > 1:  # each had batch statistics of its own
+        return [
+            absent("replay", f"replay {run}", f"not repeated: {processes} processes trained it, here is one")
+        ]
     recorded = read_csv(shown.root, trace)[:steps]
     device = _device(shown.params.study[setting])
     now = _losses(shown, setting, method, int(seed), len(recorded))
-    record = read_json(shown.root, f"metrics/runs/train/{run}.json") or {}
     hardware = record.get("hardware", {})
     same = environment.fingerprint(device).items() <= hardware.items()
     gaps = [

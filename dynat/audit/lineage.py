@@ -1,18 +1,15 @@
 """The chain of ``dvc.lock``: command, parameters and hashes of each stage against what is there now.
 
-``dvc.yaml`` is expanded by DVC itself. ``dvc.lock`` is read with libyaml, as DVC's own reader takes seconds
-for a large one; hashes are of the content, never of DVC's record of sizes and times.
+``dvc.yaml`` is expanded by DVC itself; hashes are of the content, never of DVC's record of sizes and times.
 """
 
 import hashlib
 import os
-import re
 from collections.abc import Collection, Iterator, Mapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import yaml
 from dvc.dependency import ParamsDependency
 from dvc.dvcfile import load_file
 from dvc.exceptions import DvcException
@@ -24,27 +21,9 @@ from dvc_data.hashfile.tree import Tree
 
 from dynat.audit.link import Link, absent, broken, good, some
 from dynat.errors import UserError
+from dynat.lock import LOCK, locked, locked_params, parse_yaml, read_lock
 
-LOCK = "dvc.lock"
 RERUN = "run dvc repro, or restore it with git checkout"
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Numbers and booleans as YAML 1.2 has them, which DVC reads and writes: 1e-05 is a float, 010 is ten."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
 
 
 class Lineage:
@@ -122,7 +101,7 @@ class Lineage:
         if not entry:
             return [broken("chain", name, f"has no entry in {LOCK}: it was never run", "run dvc repro")]
         stage = self.stages[name]
-        deps, params = list(self._dependencies(stage, entry)), _locked_params(entry)
+        deps, params = list(self._dependencies(stage, entry)), locked_params(entry)
         links = [*self._command(stage, entry), *deps, *self._outs(stage, entry)]
         if faults := [link for link in links if link.state == "broken"]:
             return faults
@@ -137,7 +116,7 @@ class Lineage:
         name = stage.addressing
         if entry.get("cmd") != stage.cmd:
             yield broken("chain", name, f"ran {entry.get('cmd')!r}, dvc.yaml says {stage.cmd!r}", RERUN)
-        ran, now = _locked_params(entry), dict[str, Any]()
+        ran, now = locked_params(entry), dict[str, Any]()
         for dep in stage.deps:
             if isinstance(dep, ParamsDependency):
                 now |= {key: _at(self.params, key) for key in dep.params}
@@ -150,7 +129,7 @@ class Lineage:
     @cached_property
     def params(self) -> Any:
         """The content of ``params.yaml``."""
-        return yaml.load((self.root / "params.yaml").read_text(encoding="utf-8"), _Loader)
+        return parse_yaml((self.root / "params.yaml").read_text(encoding="utf-8"))
 
     def _dependencies(self, stage: PipelineStage, entry: Mapping[str, Any]) -> Iterator[Link]:
         name, ran = stage.addressing, locked(entry, "deps")
@@ -255,47 +234,12 @@ class Lineage:
             return None
 
 
-def read_lock(root: Path) -> dict[str, Any]:
-    """Stage name -> entry of ``dvc.lock``; empty if nothing was run, :class:`UserError` if it is broken."""
-    try:
-        return parse_lock((root / LOCK).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{LOCK}: cannot be read ({reason}); restore it with git checkout") from None
-
-
-def parse_lock(text: str) -> dict[str, Any]:
-    """The stages of a ``dvc.lock``."""
-    content = yaml.load(text, _Loader) or {}
-    stages = content.get("stages", {})
-    for name, entry in stages.items():
-        for kind in ("deps", "outs"):
-            locked(entry, kind)
-        if not isinstance(_locked_params(entry), dict):
-            raise ValueError(f"params of {name}")
-    return dict(stages)
-
-
 def tree_hash(listing: Mapping[str, str]) -> str:
     """DVC's hash of a folder: relative file name -> md5."""
     tree = Tree()
     for name, md5 in listing.items():
         tree.add(tuple(name.split("/")), None, HashInfo("md5", md5))
     return hashlib.md5(tree.as_bytes(), usedforsecurity=False).hexdigest() + ".dir"
-
-
-def locked(entry: Mapping[str, Any], kind: str) -> dict[str, str]:
-    """Path -> hash of the ``deps`` or ``outs`` of a lock entry."""
-    return {str(each["path"]): str(each.get("md5", "")) for each in entry.get(kind, [])}
-
-
-def _locked_params(entry: Mapping[str, Any]) -> dict[str, Any]:
-    values: dict[str, Any] = {}
-    for each in entry.get("params", {}).values():
-        values |= each
-    return values
 
 
 def _at(values: Any, key: str) -> Any:

@@ -1,0 +1,74 @@
+"""``dvc.lock`` as data: what each stage ran with and what it made.
+
+Read with libyaml, as DVC's own reader takes seconds for a long one.
+"""
+
+import re
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from dynat.errors import UserError
+
+LOCK = "dvc.lock"
+
+
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
+    """Numbers and booleans as YAML 1.2 has them, which DVC reads and writes: 1e-05 is a float, 010 is ten."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
+
+
+for _tag, _pattern, _first in (
+    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
+    ("int", r"[-+]?[0-9]+", "-+0123456789"),
+    ("float", r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
+):
+    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
+_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
+
+
+def parse_yaml(text: str) -> Any:
+    """A YAML document as DVC reads it; ``yaml.YAMLError`` if it is none."""
+    return yaml.load(text, _Loader)
+
+
+def read_lock(root: Path) -> dict[str, Any]:
+    """Stage name -> entry of ``dvc.lock``; empty if nothing was run, :class:`UserError` if it is broken."""
+    try:
+        return parse_lock((root / LOCK).read_text(encoding="utf-8"))
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+        reason = " ".join(str(error).split())[:150]
+        raise UserError(f"{LOCK}: cannot be read ({reason}); restore it with git checkout") from None
+
+
+def parse_lock(text: str) -> dict[str, Any]:
+    """The stages of a ``dvc.lock``."""
+    content = parse_yaml(text) or {}
+    stages = content.get("stages", {})
+    for name, entry in stages.items():
+        for kind in ("deps", "outs"):
+            locked(entry, kind)
+        if not isinstance(locked_params(entry), dict):
+            raise ValueError(f"params of {name}")
+    return dict(stages)
+
+
+def locked(entry: Mapping[str, Any], kind: str) -> dict[str, str]:
+    """Path -> hash of the ``deps`` or ``outs`` of a lock entry."""
+    return {str(each["path"]): str(each.get("md5", "")) for each in entry.get(kind, [])}
+
+
+def locked_params(entry: Mapping[str, Any]) -> dict[str, Any]:
+    """Key -> value of the parameters of a lock entry."""
+    values: dict[str, Any] = {}
+    for each in entry.get("params", {}).values():
+        values |= each
+    return values
