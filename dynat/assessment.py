@@ -1,8 +1,10 @@
 """What the evaluation stages share: the trained model and its test images, a resumable run, the files."""
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
+from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -12,7 +14,7 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from dynat import environment, parallel
-from dynat.checkpoint import ResumeStore, graceful_stop, resume_key, sha256, write_json
+from dynat.checkpoint import ResumeStore, StopRequested, graceful_stop, resume_key, sha256, write_json
 from dynat.data import load
 from dynat.evaluation import Evidence
 from dynat.params import Attack, AutoAttack, Machine
@@ -20,6 +22,8 @@ from dynat.pieces import Pieces, StoppedError
 from dynat.results import load_network, write_results
 from dynat.stage import INTERRUPTED, RunRecord, code_key
 from dynat.tracking import Tracker
+
+STOP = "stop"  # the file by which one of several processes tells the others that it must leave
 
 
 @dataclass(frozen=True)
@@ -45,7 +49,7 @@ class Outcome:
     accuracies: dict[str, float]  # percent, for the log
     more: dict[str, Any] = field(default_factory=dict)  # further blocks of the metrics
     sanity: dict[str, Any] | None = None  # content of metrics/sanity, if the evaluation was checked
-    notes: tuple[str, ...] = ()  # lines for the log
+    notes: tuple[str, ...] = ()  # lines for the log: warnings, failed checks
 
 
 Work = Callable[[Model, Pieces], Outcome]
@@ -54,10 +58,16 @@ Work = Callable[[Model, Pieces], Outcome]
 def assess(record: RunRecord, spec: Attack | AutoAttack, machine: Machine, work: Work) -> int:
     """Do ``work`` on the model of the record's cell, going on where it was stopped; write ``metrics/<kind>``.
 
-    Under torchrun every process takes its share and the first one writes. Returns the exit status.
+    Under torchrun every process takes its share and the first one writes. Returns the exit status. What
+    ``work`` uses must be imported by now: finished pieces are used again with the same code only.
     """
     cell, device = record.cell, environment.device_of(machine)
     source, folder = Path("data", f"{cell.setting}.safetensors"), cell.path("models")
+    data = load(source, device)
+    model = Model(folder, device, data.test_images, data.test_labels)
+    model.network("target")  # now, to say in one line what is missing or damaged
+    if parallel.rank() > 0:
+        return _follow(model, work)
     key = resume_key(
         {
             record.kind: spec.model_dump_json(exclude={"n", "workers"}),  # more samples keep what is finished
@@ -68,20 +78,47 @@ def assess(record: RunRecord, spec: Attack | AutoAttack, machine: Machine, work:
             **environment.fingerprint(device),
         }
     )
-    with ResumeStore(key, alone=parallel.rank() == 0) as store, graceful_stop() as stop:
+    with ResumeStore(key) as store:
+        flag = store.folder / STOP
+        flag.unlink(missing_ok=True)
         parallel.join(device)  # the others begin when the store is known to be this run's own
-        data = load(source, device)
-        model = Model(folder, device, data.test_images, data.test_labels)
-        pieces = Pieces(store.load_piece, store.save_piece, lambda _: None, lambda: stop.requested)
+        parallel.from_first({"key": key})
+        with graceful_stop() as stop:
+            pieces = Pieces(store.load_piece, store.save_piece, _unheard, partial(_stopped, stop, flag))
+            try:
+                _lead(record, spec, store, model, pieces, work)
+            except StoppedError:
+                return INTERRUPTED
+    return 0
+
+
+def _follow(model: Model, work: Work) -> int:
+    """What every process but the first does: its share of the pieces, and no output."""
+    parallel.join(model.device)
+    told = parallel.from_first(None)
+    assert told is not None
+    store = ResumeStore(told["key"])
+    with graceful_stop() as stop:
+        stopped = partial(_stopped, stop, store.folder / STOP)
         try:
-            if parallel.rank() == 0:
-                _lead(record, spec, store, model, lambda notify: work(model, replace(pieces, notify=notify)))
-            else:
-                work(model, pieces)
-                parallel.leave()
+            work(model, Pieces(store.load_piece, store.save_piece, _unheard, stopped))
         except StoppedError:
             return INTERRUPTED
+    parallel.leave()
     return 0
+
+
+def _stopped(stop: StopRequested, flag: Path) -> bool:
+    """Whether this process or, by a file, another one has been asked to leave; tells the others."""
+    if parallel.size() == 1:
+        return stop.requested
+    if stop.requested:
+        flag.touch()
+    return flag.exists()
+
+
+def _unheard(piece: str) -> None:
+    """Nobody listens."""
 
 
 def _lead(
@@ -89,25 +126,19 @@ def _lead(
     spec: Attack | AutoAttack,
     store: ResumeStore,
     model: Model,
-    work: Callable[[Callable[[str], None]], Outcome],
+    pieces: Pieces,
+    work: Work,
 ) -> None:
     """What the first or only process does: its share, the log and the files."""
-    cell, terminal = record.cell, sys.stderr.isatty()
+    cell, sha = record.cell, sha256(model.folder / "target.safetensors")
     label = f"{cell.setting} {cell.method} {record.kind}"
-    sha = sha256(model.folder / "target.safetensors")
     tags = {"stage": record.kind, "model.sha256": sha}
     tracker = Tracker(cell.setting, f"{cell.method}-{cell.seed}", tags=tags, params=spec.model_dump())
-    with tracker, tqdm(desc=label, unit="piece", leave=False, disable=not terminal) as bar:
+    with tracker:
         tracker.begin(store.token)
-
-        def notify(piece: str) -> None:
-            bar.update()
-            bar.set_postfix_str(piece)
-            if not terminal:
-                print(f"{label}: {piece}", flush=True)
-
         try:
-            outcome = work(notify)
+            with _told(pieces, label) as told:
+                outcome = work(model, told)
         except StoppedError:
             tracker.finish("KILLED", timeout=0)
             print("stopped; the finished pieces are kept for the next run", file=sys.stderr)
@@ -115,9 +146,11 @@ def _lead(
         parallel.leave()
         header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": sha, **outcome.header}
         write_results(cell.path(f"metrics/{record.kind}"), header, outcome.found, outcome.more)
+        logged = dict(outcome.accuracies)
         if outcome.sanity is not None:
             write_json(cell.path("metrics/sanity", ".json"), {**header, **outcome.sanity})
-        tracker.metrics(0, outcome.accuracies)
+            logged["failed_checks"] = len(outcome.notes)
+        tracker.metrics(0, logged)
         record.write(
             **environment.record(model.device),
             processes=parallel.size(),
@@ -129,3 +162,21 @@ def _lead(
     print("  ".join(f"{name} {value:.2f}" for name, value in outcome.accuracies.items()))
     for note in outcome.notes:
         print(note)
+
+
+@contextmanager
+def _told(pieces: Pieces, label: str) -> Iterator[Pieces]:
+    """``pieces`` with a progress bar on a terminal, a line for each new one otherwise."""
+    terminal = sys.stderr.isatty()
+    with tqdm(desc=label, unit="piece", leave=False, disable=not terminal) as bar:
+
+        def expect(count: int) -> None:
+            bar.total = (bar.total or 0) + count
+
+        def notify(piece: str) -> None:
+            bar.update()
+            bar.set_postfix_str(piece)
+            if not terminal:
+                print(f"{label}: {piece}", flush=True)
+
+        yield replace(pieces, notify=notify, expect=expect)

@@ -19,6 +19,7 @@ from pyautoattack import AutoAttack as Package
 from torch import Tensor, nn
 
 from dynat import parallel
+from dynat.assessment import Model, Outcome
 from dynat.attacks import project
 from dynat.data import to_unit
 from dynat.evaluation import Evidence, join, predict
@@ -26,10 +27,28 @@ from dynat.folding import fold, mixed
 from dynat.params import AutoAttack
 from dynat.pieces import Piece, Pieces, StoppedError
 from dynat.square import Square
+from dynat.verdicts import accuracy
 from dynat.workers import Say, share
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 SQUARE_GAIN = 0.002  # the package's own threshold for "Square attack improves on white-box attacks"
+
+
+def attack(model: Model, pieces: Pieces, spec: AutoAttack) -> Outcome:
+    """Run the standard ensemble on the selected checkpoint of ``model``."""
+    count = min(max(spec.n), len(model.images))
+    network, epoch = model.network("target")
+    found, warnings = run(network, model.images[:count], model.labels[:count], spec, pieces)
+    flags = found[STANDARD[-1]].robust.tolist()
+    union = {f"n{n}": accuracy(flags[:n]) for n in spec.n if n <= count}
+    precision = "fp32" if spec.precision == "fp32" else "mixed"
+    return Outcome(
+        {"best": found},
+        {"best_epoch": epoch, "precision": precision, "warnings": warnings},
+        {name: value["accuracy"] for name, value in union.items()},
+        more={"aa": union},
+        notes=tuple(warnings),
+    )
 
 
 def run(
@@ -61,6 +80,7 @@ def run(
         return {name: _shifted(each, first) for name, each in steps.items()}, warnings
 
     firsts = range(0, len(images), spec.batch)
+    pieces.expect(len(STANDARD) * len(firsts))
     if images.device.type == "cpu" and spec.workers > 1 and parallel.size() == 1:
         work = [partial(chunk, first) for first in firsts]
         if not share(work, spec.workers, pieces.notify, pieces.stopped):

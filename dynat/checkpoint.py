@@ -114,29 +114,38 @@ class ResumeStore:
 
     Use it in a ``with``; a second process is refused with the first one's pid. ``token`` is a random name
     that the folder keeps from the first start until :meth:`clear`, ``resumed`` counts the starts after it.
-    Processes that work for one that is ``alone`` in the store say that they are not: they only keep pieces.
+    Helpers of the process that holds the store keep and read pieces without the ``with``.
     """
 
-    def __init__(self, key: str, alone: bool = True) -> None:
+    def __init__(self, key: str) -> None:
         self.folder = Path(os.environ.get("DVC_ROOT", "")).resolve() / ".dvc" / "tmp" / "dynat" / key
         self.token, self.resumed = "", 0
-        self._alone, self._lock = alone, -1
+        self._lock = -1
         self._good: Path | None = None  # the newest generation known to be sound
 
     def __enter__(self) -> Self:
-        if not self._alone:
-            return self
         with _explained(self.folder):
             self._lock = _lock(self.folder / "lock")
-        path = self.folder / "token"
-        name, starts = path.read_text().split() if path.exists() else (uuid.uuid4().hex, "0")
-        write_atomically(path, f"{name} {int(starts) + 1}".encode())
-        self.token, self.resumed = name, int(starts)
+        try:
+            self._count_start()
+        except BaseException:
+            os.close(self._lock)
+            raise
         return self
 
     def __exit__(self, *error: object) -> None:
-        if self._alone:
-            os.close(self._lock)
+        os.close(self._lock)
+
+    def _count_start(self) -> None:
+        path = self.folder / "token"
+        self.token = uuid.uuid4().hex
+        if path.exists():
+            try:
+                name, resumed = path.read_text().split()
+                self.token, self.resumed = name, int(resumed) + 1
+            except ValueError:
+                print(f"{path}: damaged; the MLflow run and the count of resumes begin anew", file=sys.stderr)
+        write_atomically(path, f"{self.token} {self.resumed}".encode())
 
     @property
     def last_good(self) -> str:

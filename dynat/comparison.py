@@ -18,6 +18,7 @@ from dynat.tables import (
     find,
     heading,
     name,
+    subset_text,
 )
 
 
@@ -47,7 +48,7 @@ def paper_table(number: int, params: Params, results: Results, cells: Cells) -> 
         column: circumstances([cells[key] for row in own if (key := f"{row.key}/{column}") in cells])
         for column in columns
     }
-    table = Table(TITLES[number], _lead(own, params, usual))
+    table = Table(TITLES[number], _lead(own, params, usual, cells))
     table.head = ["Method", "", *(heading(column, usual[column]) for column in columns)]
     for row in own:
         label = f"{row.method} ({row.target})" if number == 3 else row.method
@@ -75,16 +76,28 @@ def _shared_notes(row: PaperRow) -> tuple[str, ...]:
     return tuple(text for text in doubts[0] if all(text in each for each in doubts))
 
 
-def _lead(own: list[PaperRow], params: Params, usual: dict[str, Circumstances]) -> str:
+def _lead(own: list[PaperRow], params: Params, usual: dict[str, Circumstances], cells: Cells) -> str:
     settings = list(dict.fromkeys(row.setting for row in own))
-    missing = [setting for setting in settings if setting not in params.settings]
+    missing = [row for row in own if not any(f"{row.key}/{column}" in cells for column in row.values)]
     lead = f"Accuracy in percent: the paper's, and below it the reproduction in {' and '.join(settings)}"
     lead += ", 95 % Wilson interval." if len(params.seeds) == 1 else ", mean ± standard deviation over seeds."
     lead += circumstances_text(usual)
     if "all" in usual:
         lead += f" All: mean of {', '.join(map(name, AVERAGED))}."
+    lead += subset_text(usual)
     if missing:
-        lead += (
-            f" Not run: {', '.join(missing)}; `uv run dvc exp run -S 'settings=[{','.join(missing)}]'` does."
-        )
+        methods = ", ".join(dict.fromkeys(row.method for row in missing))
+        which = "of its rows" if len(missing) == len(own) else f"of {methods}"
+        lead += f" Nothing {which} is both selected and run; `{_command(missing)}` runs them."
     return lead
+
+
+def _command(missing: list[PaperRow]) -> str:
+    """What selects and runs rows of the paper; its own methods are the variants, the others baselines."""
+    lists = {
+        "settings": [row.setting for row in missing],
+        "baselines": [row.recipe for row in missing if row.group != "Ours"],
+        "variants": [row.recipe for row in missing if row.group == "Ours"],
+    }
+    chosen = [f" -S '{key}=[{','.join(dict.fromkeys(values))}]'" for key, values in lists.items()]
+    return "uv run dvc exp run" + "".join(chosen)

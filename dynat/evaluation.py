@@ -60,6 +60,7 @@ def evaluate(
         parts = [batch(first) for first in firsts]
     else:
         pieces.watch(crafting)  # a copy of this run's own
+        pieces.expect(len(firsts))
         lasts = [min(first + spec.batch, len(images)) for first in firsts]
         parts = pieces.share(
             [

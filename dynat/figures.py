@@ -17,6 +17,7 @@ from matplotlib.ticker import MaxNLocator
 
 INK = "#0a0b0c"  # stands for currentColor until the SVG is written
 COLOURS = ("#0000c0", "#0000c1", "#0000c2", "#0000c3", "#0000c4", "#0000c5")  # stand for --c0 to --c5
+MARKERS = ("", "o", "s", "^")  # of the curves for which no colour is left
 STYLE: dict[Any, Any] = {
     "svg.fonttype": "none",
     "font.family": ["sans-serif"],
@@ -78,7 +79,7 @@ def intervals(name: str, rows: Sequence[tuple[str, float, float, float, int]], l
         axes.plot([low, high], [place, place], color=COLOURS[colour], lw=2, alpha=0.5)
         axes.plot([value], [place], "o", color=COLOURS[colour], ms=5)
         axes.annotate(
-            f"{value:.1f}", (high, place), (5, 0), textcoords="offset points", va="center", fontsize=8
+            f"{value:.2f}", (high, place), (5, 0), textcoords="offset points", va="center", fontsize=8
         )
     axes.set_yticks(list(places), [row[0] for row in rows])
     axes.set(xlabel=label, ylim=(0.4, len(rows) + 0.6))
@@ -95,11 +96,11 @@ def bars(name: str, columns: Sequence[str], methods: Mapping[str, Sequence[float
     for rank, (method, values) in enumerate(methods.items()):
         places = [place + (rank + 0.5) * width - 0.4 for place in range(len(columns))]
         drawn = axes.bar(places, values, width * 0.92, color=COLOURS[rank], label=method)
-        axes.bar_label(drawn, [f"{value:.1f}" for value in values], fontsize=7, padding=1)
+        axes.bar_label(drawn, [f"{value:.2f}" for value in values], fontsize=6, padding=1)
     axes.set_xticks(range(len(columns)), list(columns))
-    axes.set(ylabel="accuracy, %", ylim=(0, 110))
+    axes.set(ylabel="accuracy, %", ylim=(0, 105))
     axes.grid(axis="x", visible=False)
-    axes.legend(loc="upper right", fontsize=8, ncols=len(methods))
+    axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, ncols=len(methods))
     return _svg(axes, name)
 
 
@@ -107,16 +108,21 @@ def bars(name: str, columns: Sequence[str], methods: Mapping[str, Sequence[float
 def against_epsilon(
     name: str, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], dashed: set[str]
 ) -> str:
-    """Accuracy (percent) against epsilon, a curve per method and seed; the ``dashed`` ones are baselines."""
+    """Accuracy (percent) against epsilon, a curve per method and seed; the ``dashed`` ones are baselines.
+
+    The last point, at 1, where every image is in the ball, is left to the sanity checks.
+    """
     axes = _axes(4.6, 3.0)
     used = {True: 0, False: 0}
     for method, seeds in curves.items():
-        colour = COLOURS[used[method in dashed] % len(COLOURS)]
+        turn, place = divmod(used[method in dashed], len(COLOURS))
+        colour, marker = COLOURS[place], MARKERS[turn % len(MARKERS)]
         used[method in dashed] += 1
         line = "--" if method in dashed else "-"
         for rank, curve in enumerate(seeds):
-            epsilons, values = zip(*curve, strict=True)
-            axes.plot(epsilons, values, line, color=colour, lw=1.2, label=None if rank else method)
+            epsilons, values = zip(*curve[:-1], strict=True)
+            label = None if rank else method
+            axes.plot(epsilons, values, line, marker=marker, ms=3, color=colour, lw=1.2, label=label)
     axes.set(xlabel="ε", ylabel="accuracy, %", ylim=(0, 102))
     axes.legend(fontsize=7, ncols=1 + (len(curves) > 8), loc="upper right")
     return _svg(axes, name)

@@ -44,7 +44,7 @@ def read_lock(root: Path) -> dict[str, Any]:
         return parse_lock((root / LOCK).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{LOCK}: cannot be read ({reason}); restore it with git checkout") from None
 
@@ -54,6 +54,8 @@ def parse_lock(text: str) -> dict[str, Any]:
     content = parse_yaml(text) or {}
     stages = content.get("stages", {})
     for name, entry in stages.items():
+        if not isinstance(name, str):
+            raise ValueError(f"the name of stage {name}")
         for kind in ("deps", "outs"):
             locked(entry, kind)
         if not isinstance(locked_params(entry), dict):

@@ -66,6 +66,7 @@ class Result:
     epochs: dict[str, int] = field(default_factory=dict)  # "best", "last"
     failed_checks: list[str] = field(default_factory=list)  # of the sanity suite
     epsilon_curve: list[tuple[float, float]] = field(default_factory=list)  # (epsilon, accuracy in percent)
+    epsilon_n: int = 0  # test images of that curve
 
 
 Results = dict[tuple[str, str], dict[int, Result]]  # (setting, method) -> seed -> result
@@ -156,6 +157,7 @@ def _read_result(root: Path, setting: str, method: str, seed: int, code: Code) -
         if sanity:
             result.failed_checks = [name for name, check in sanity["checks"].items() if not check["passed"]]
             result.epsilon_curve = [(epsilon, value) for epsilon, value in sanity.get("epsilon_curve", [])]
+            result.epsilon_n = sanity.get("n", 0)
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"metrics of {name}: not as the stages write them ({error!r}); run dvc repro"

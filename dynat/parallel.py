@@ -9,7 +9,8 @@ order. Nothing is imported before it is needed: the CPU is pinned before torch.
 
 import io
 import os
-from collections.abc import Iterable, Sequence
+import time
+from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
 from typing import TYPE_CHECKING, Any
 
@@ -17,9 +18,9 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-PATIENCE = timedelta(
-    days=1
-)  # shares of an evaluation differ by hours; torchrun ends all when one process dies
+# Shares of an evaluation differ by hours; if one process dies, torchrun ends all.
+PATIENCE = timedelta(days=1)
+POLL_S = 0.1
 
 
 def size() -> int:
@@ -95,15 +96,25 @@ def share_first(tensors: Iterable["Tensor"]) -> None:
         _spread(flat, group)
 
 
-def anyone(flag: bool) -> bool:
-    """Whether ``flag`` holds in any process; waits for the others, not for a GPU."""
+def anyone(flag: bool, meanwhile: Callable[[], object] | None = None) -> bool:
+    """Whether ``flag`` holds in any process; waits for the others, not for a GPU.
+
+    ``meanwhile`` is called again and again during the wait, which may be long; signals are handled then.
+    """
     if size() == 1:
         return flag
     import torch
     import torch.distributed as dist
 
     flags = torch.tensor([int(flag)])
-    dist.all_reduce(flags)
+    if meanwhile is None:
+        dist.all_reduce(flags)
+    else:
+        work = dist.all_reduce(flags, async_op=True)
+        while not work.is_completed():
+            meanwhile()
+            time.sleep(POLL_S)
+        work.wait()
     return bool(flags.item())
 
 

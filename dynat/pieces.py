@@ -23,12 +23,16 @@ class StoppedError(Exception):
 
 @dataclass(frozen=True)
 class Pieces:
-    """Where pieces are kept, who is told of a new one, and whether a signal has asked to leave."""
+    """Where pieces are kept, who is told of a new one, and whether a signal has asked to leave.
+
+    ``stopped`` must be true in every process once it is in one of them.
+    """
 
     load: Callable[[str], Piece | None]
     save: Callable[[str, Piece], None]
     notify: Callable[[str], None]
     stopped: Callable[[], bool]
+    expect: Callable[[int], None] = lambda count: None  # how many pieces there will be
     prefix: str = ""  # of the names, so that two evaluations may share a store
 
     def within(self, prefix: str) -> Self:
@@ -48,14 +52,17 @@ class Pieces:
     def share(self, work: Sequence[Callable[[], Result]]) -> list[Result]:
         """Do all of ``work``, which keeps its pieces here; every process gets all results, in order.
 
-        Raises :class:`StoppedError` in every process if one of them has been asked to leave.
+        Raises :class:`StoppedError` if one of the processes has been asked to leave.
         """
         results = []
         with suppress(StoppedError):  # told to all, who would wait for this one
             results = [do() for do in work[parallel.rank() :: parallel.size()]]
-        if parallel.anyone(self.stopped()):
+        if parallel.anyone(self.stopped(), meanwhile=self.stopped):
             raise StoppedError
-        return results if parallel.size() == 1 else [do() for do in work]
+        if parallel.size() == 1:
+            return results
+        results.clear()
+        return [do() for do in work]
 
     def leave_if_stopped(self, *_: object) -> None:
         """Raise :class:`StoppedError` if a signal has asked to leave."""

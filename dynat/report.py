@@ -195,14 +195,17 @@ def _figures(found: Tabulation, setting: str) -> Iterator[str]:
             "GAIRAT against its combination with dynamic labels (as Figure 5).",
             figures.bars(f"gairat-{setting}", [name(c) for c in columns], values),
         )
-    curves = {}
+    curves, counts = {}, set[int]()
     for method in methods:
-        seeds = [r.epsilon_curve for r in found.results[setting, method].values() if r.epsilon_curve]
-        if seeds:
-            curves[method] = seeds
+        run = [result for result in found.results[setting, method].values() if result.epsilon_curve]
+        counts |= {result.epsilon_n for result in run}
+        if run:
+            curves[method] = [result.epsilon_curve for result in run]
     if curves:
+        images = " or ".join(map(str, sorted(counts)))
         yield _figure(
-            "Accuracy against the radius of the attack; baselines dashed, the DYNAT family solid.",
+            f"Accuracy against the radius of PGD-20, on the first {images} test images; baselines dashed, "
+            "the DYNAT family solid.",
             figures.against_epsilon(f"epsilon-{setting}", curves, {*params.baselines}),
         )
 

@@ -163,9 +163,8 @@ def _transfer(network: nn.Module, guide: nn.Module, images: Tensor, labels: Tens
         x, y = to_unit(images[first : first + spec.batch]), labels[first : first + spec.batch]
         noise = sample_noise(x, spec.seed, first + torch.arange(len(x)))
         start = attacks.uniform_start(x, spec.epsilon, noise)
-        loss = attacks.cross_entropy(
-            y
-        )  # to the last step: an image that barely fools the guide won't transfer
+        # to the last step: an image that barely fools the guide transfers nothing
+        loss = attacks.cross_entropy(y)
         adversarial = attacks.ascend(guide, loss, x, start, epsilon=spec.epsilon, step=spec.step, steps=STEPS)
         verdicts.append(predict(network, adversarial) == y)
     return torch.cat(verdicts)

@@ -55,15 +55,16 @@ class Source(NamedTuple):
     sha256: str | None  # of the archive
 
 
-def prepare(spec: DataSpec, destination: Path) -> dict[str, Any]:
+def prepare(spec: DataSpec, destination: Path, section: str = "data") -> dict[str, Any]:
     """Write the images that ``spec`` asks for to a safetensors file and return its description.
 
     Tensors ``{train,validation,test}_images`` uint8 [N, C, H, W] and ``_labels`` int64 [N]; classes, order
     and the archive's hash as JSON under the metadata key ``dynat``. Equal data give equal bytes. A download
-    is kept in the DVC repository's ``data/``, or beside ``destination`` without DVC. Raises ``UserError``.
+    is kept in the DVC repository's ``data/``, or beside ``destination`` without DVC. Raises ``UserError``,
+    which names a key of ``spec`` within ``section``.
     """
     if spec.source == "digits":
-        source = _digits(cast(int, spec.test))
+        source = _digits(cast(int, spec.test), f"{section}.test")
     else:
         name = cast(str, spec.archive)
         root = os.environ.get("DVC_ROOT")
@@ -73,9 +74,10 @@ def prepare(spec: DataSpec, destination: Path) -> dict[str, Any]:
             _image_folder(archive, spec) if spec.source == "image_folder" else _cifar(archive, spec.source)
         )
     if len(source.classes) != spec.classes:
-        raise UserError(f"data.classes: {spec.classes}, but {spec.source} has {len(source.classes)}")
-    train, test = _first(source.train, spec.train, "train"), _first(source.test, spec.test, "test")
-    held_out = _stratified(train.labels, spec.validation, spec.split_seed, "validation")
+        raise UserError(f"{section}.classes: {spec.classes}, but {spec.source} has {len(source.classes)}")
+    train = _first(source.train, spec.train, f"{section}.train")
+    test = _first(source.test, spec.test, f"{section}.test")
+    held_out = _stratified(train.labels, spec.validation, spec.split_seed, f"{section}.validation")
     parts = {"train": train.take(~held_out), "validation": train.take(held_out), "test": test}
     description: dict[str, Any] = {
         "source": spec.source,
@@ -98,7 +100,7 @@ def prepare(spec: DataSpec, destination: Path) -> dict[str, Any]:
 def _first(part: Part, count: int | None, key: str) -> Part:
     available = len(part.labels)
     if count is not None and count > available:
-        raise UserError(f"data.{key}: {count} is more than the {available} images that there are")
+        raise UserError(f"{key}: {count} is more than the {available} images that there are")
     return part.take(slice(count))
 
 
@@ -113,20 +115,23 @@ def _stratified(labels: Array, count: int, seed: int, key: str) -> Array:
                 np.arange(len(labels)), test_size=count, stratify=labels, random_state=seed
             )
         except ValueError as error:
-            why = " ".join(str(error).split())
-            raise UserError(f"data.{key}: {count} of {len(labels)} images cannot be drawn: {why}") from error
+            classes = len(np.unique(labels))
+            raise UserError(
+                f"{key}: {count} of {len(labels)} images cannot be drawn with every class in proportion; "
+                f"there are {classes} classes, so take between {classes} and {len(labels) - classes}, or 0"
+            ) from error
         chosen[index] = True
     return chosen
 
 
-def _digits(test: int) -> Source:
+def _digits(test: int, key: str) -> Source:
     """scikit-learn's 1,797 digits, 0..16 scaled to 0..255 and rounded (a half, 127.5, upwards)."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
     images = ((found.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]
     whole = Part(images, found.target.astype(np.int64))
-    held_out = _stratified(whole.labels, test, DIGITS_TEST_SEED, "test")
+    held_out = _stratified(whole.labels, test, DIGITS_TEST_SEED, key)
     classes = [str(name) for name in found.target_names]
     return Source(whole.take(~held_out), whole.take(held_out), classes, "scikit-learn index", None)
 

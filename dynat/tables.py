@@ -174,7 +174,9 @@ def setting_tables(setting: str, params: Params, results: Results, cells: Cells)
         for rank, method in enumerate(methods):
             label = Entry(method, failed_checks(results[setting, method]))
             table.rows.append([label, *(entry(found[c][rank], usual[c], params) for c in columns)])
-    tables[0].lead += f" All: mean of {', '.join(map(name, AVERAGED))}, as in the paper's Table 1."
+        if table is tables[0]:
+            table.lead += f" All: mean of {', '.join(map(name, AVERAGED))}, as in the paper's Table 1."
+            table.lead += subset_text(usual)
     for method, row in zip(methods, tables[1].rows, strict=True):
         row.insert(1, Entry(_epochs(results[setting, method])))
     tables[1].head.insert(1, "Epoch (chosen / last)")
@@ -269,6 +271,17 @@ def other_code(measurement: Measurement, usual: Circumstances) -> list[str]:
         return []
     more = f" and {len(differing) - 2} more" if len(differing) > 2 else ""
     return [f"other code than for the rest of the column ({', '.join(differing[:2])}{more}); run dvc repro"]
+
+
+def subset_text(usual: Mapping[str, Circumstances]) -> str:
+    """A warning where the columns that are averaged are of different numbers of images."""
+    counts = {column: usual[column].n for column in AVERAGED if column in usual}
+    fewer = [column for column, n in counts.items() if n and n < max(filter(None, counts.values()))]
+    if not fewer:
+        return ""
+    which = " and ".join(map(name, fewer))
+    count = usual[fewer[0]].n
+    return f" {which}: the first {count} test images alone, easier or harder than all; All mixes both."
 
 
 def radius(epsilon: float) -> str:

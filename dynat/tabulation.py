@@ -2,6 +2,7 @@
 
 import csv
 import io
+import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,11 +13,12 @@ from dynat.errors import UserError
 from dynat.markup import Table, markdown
 from dynat.measurements import Results, read_results
 from dynat.params import Params
-from dynat.tables import COLUMNS, Cell, Cells, cells_json, radius, setting_cells, setting_tables
+from dynat.tables import COLUMNS, Cell, Cells, cells_json, find, radius, setting_cells, setting_tables
 
 TABLES, PLOTS, REPORT = "metrics/tables", "metrics/plots", "metrics/report.html"
 CURVES = ("train_clean", "test_clean", "validation_robust")
 NUMBER = ("accuracy", "low", "high", "sd", "n", "epsilon", "attack_seed", "caveats")
+SUMMARY = ("clean", "pgd20", "cw", "aa")
 SETTING = ("method", "checkpoint", "attack", "seed", *NUMBER, "cell")
 PAPER = ("target", "method", "attack", "published", "doubtful", *NUMBER, "difference", "notes", "cell")
 Row = Mapping[str, str]
@@ -73,9 +75,19 @@ def text_files(found: Tabulation) -> dict[str, str]:
     files[f"{PLOTS}/accuracy.csv"] = csv_text(
         (*run, "attack", "accuracy"), accuracy_rows(params.settings, cells)
     )
+    for setting, method in found.results:
+        if values := summary(setting, method, params, cells):
+            text = json.dumps(values, indent=1) + "\n"
+            files[f"{TABLES}/summary/{setting}/{method}.json"] = text
     if curves := list(epsilon_rows(found.results)):
         files[f"{PLOTS}/epsilon.csv"] = csv_text((*run, "epsilon", "accuracy"), curves)
     return files
+
+
+def summary(setting: str, method: str, params: Params, cells: Cells) -> dict[str, float]:
+    """The few accuracies that ``dvc metrics`` and ``dvc exp show`` compare, over the seeds that were run."""
+    found = {column: find(cells, setting, method, column, params) for column in SUMMARY}
+    return {column: round(each[1].printed.mean, 2) for column, each in found.items() if each}
 
 
 def setting_rows(setting: str, params: Params, cells: Cells) -> Iterator[Row]:

@@ -4,15 +4,20 @@ Its output never changes, so nothing reruns because of it.
 """
 
 from pathlib import Path
+from shutil import which
 
 from dynat.checkpoint import write_atomically
+from dynat.errors import UserError
 from dynat.params import load
 from dynat.stage import main
 
 
 def stage() -> None:
     """Validate params.yaml; DVC stops here if it is wrong."""
-    load()
+    params = load()
+    program = next(iter(params.launch.split()), "")
+    if which(program) is None:
+        raise UserError(f"params.yaml: launch: {program!r} is not a program on this machine")
     write_atomically(Path("data/params.checked"), b"params.yaml is sound\n")
 
 

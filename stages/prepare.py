@@ -17,7 +17,8 @@ def stage() -> None:
     params = load()
     if setting not in params.study:
         raise UserError(f"setting {setting!r} is not in params.yaml's study")
-    summary = prepare(params.study[setting].data, Path("data", f"{setting}.safetensors"))
+    destination = Path("data", f"{setting}.safetensors")
+    summary = prepare(params.study[setting].data, destination, f"study.{setting}.data")
     print(f"{setting}: {summary}")
 
 

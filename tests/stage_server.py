@@ -13,7 +13,7 @@ import sys
 from typing import Any
 
 STAGES = ("prepare", "train", "attack", "autoattack")
-LIBRARY = ("assessment", "autoattack", "data", "estimate", "evaluation", "results", "step", "training")
+LIBRARY = ("assessment", "autoattack", "battery", "data", "estimate", "results", "step", "training")
 
 
 def become(request: dict[str, Any]) -> None:

@@ -360,7 +360,7 @@ def test_the_circumstances_say_how_often_a_training_was_resumed(
     for entries, said in (
         ({"resumed": 0}, "never resumed"),
         ({"resumed": 3, "resumed_from_epoch": 2}, "resumed 3 times, last at epoch 2"),
-        ({"resumed": 1}, "resumed 1 time;"),
+        ({"resumed": 1, "resumed_from_epoch": None}, "resumed 1 time;"),
     ):
         path.write_text(json.dumps(record | entries))
         main([CELL])

@@ -96,7 +96,7 @@ def test_a_piece_of_fewer_images_is_never_taken_for_that_of_more(network: nn.Mod
     assert len(kept) == 3 * len(STANDARD)
 
 
-def test_a_stop_leaves_after_the_piece_at_hand(network: nn.Module, labels: Tensor) -> None:
+def test_a_stop_leaves_with_the_finished_pieces_kept(network: nn.Module, labels: Tensor) -> None:
     kept: dict[str, Any] = {}
     with pytest.raises(StoppedError):
         run(network, IMAGES, labels, small(4), pieces(kept, lambda: len(kept) == 3))

@@ -92,6 +92,20 @@ def test_plots_hold_every_epoch_and_accuracy(tmp_path: Path) -> None:
     assert [r["accuracy"] for r in records(found["metrics/plots/epsilon.csv"])] == ["97", "40.5"]
 
 
+def test_dvc_compares_four_numbers_of_each_method_over_the_seeds_that_were_run(tmp_path: Path) -> None:
+    for seed, less in ((0, 0), (1, 4)):
+        write(tmp_path, "pgd_at", {k: v - less for k, v in COUNTS.items()}, seed=seed, aa={40: 27})
+    found = files(params(["pgd_at", "trades"], [], (0, 1)), tmp_path)
+    names = [name for name in found if name.startswith("metrics/tables/summary/")]
+    assert names == ["metrics/tables/summary/toy/pgd_at.json"]  # nothing of trades was run
+    assert json.loads(found[names[0]]) == {
+        "clean": COUNTS["clean"] - 2,
+        "pgd20": COUNTS["pgd20"] - 2,
+        "cw": COUNTS["cw"] - 2,
+        "aa": 67.5,
+    }
+
+
 def test_tabulating_twice_gives_the_same_bytes_and_needs_no_torch(tmp_path: Path) -> None:
     write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
     program = (

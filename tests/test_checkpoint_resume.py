@@ -347,3 +347,15 @@ def test_pieces_are_kept_by_name_and_a_damaged_one_is_done_again(capsys: pytest.
         assert store.load_piece("apgd-ce-00") is None
         assert capsys.readouterr().err.count("damaged (") == 1
         assert_is(store.load_piece("apgd-ce-0"), 0)
+
+
+def test_a_damaged_token_is_said_and_replaced_and_the_pieces_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    for damage in (b"", b"\xff\xfe", b"name", b"name count"):
+        with ResumeStore("key") as store:
+            store.save_piece("one", full(1))
+        (store.folder / "token").write_bytes(damage)
+        with ResumeStore("key") as store:
+            assert len(store.token) == 32
+            assert store.resumed == 0
+            assert_is(store.load_piece("one"), 1)
+        assert capsys.readouterr().err.count("token: damaged") == 1

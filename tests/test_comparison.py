@@ -80,3 +80,24 @@ def test_unselected_settings_fill_no_cell(tmp_path: Path) -> None:
     found = files(params(["pgd_at"], []), tmp_path)
     assert json.loads(found["metrics/tables/cells.json"]) == {}
     assert "settings=[cifar10_wrn34_10]" in found["metrics/tables/table1.md"]
+    assert "-S 'baselines=[pgd_at,trades," in found["metrics/tables/table1.md"]
+
+
+def test_a_paper_table_names_the_rows_without_a_number_and_the_command_that_runs_just_these(
+    tmp_path: Path,
+) -> None:
+    setting = "cifar10_wrn34_10"
+    methods = {"baselines": ["pgd_at", "trades", "mart", "fat", "gairat", "at_awp", "lbgat0"]}
+    methods["variants"] = ["dynat", "dynat_awp_b0", "dynat_awp", "dynat_inner_awp"]
+    for method in (*methods["baselines"][1:], *methods["variants"][1:]):
+        write(tmp_path, method, COUNTS, setting=setting, aa={40: 27})
+    selected = params(methods["baselines"], methods["variants"], settings=(setting,))
+    lead = files(selected, tmp_path)["metrics/tables/table1.md"].splitlines()[2]
+    assert "Nothing of PGD-AT, DYNAT is both selected and run" in lead
+    assert (
+        f"`uv run dvc exp run -S 'settings=[{setting}]' -S 'baselines=[pgd_at]' -S 'variants=[dynat]'`"
+        in lead
+    )
+    for method in ("pgd_at", "dynat"):
+        write(tmp_path, method, COUNTS, setting=setting, aa={40: 27})
+    assert "Nothing of" not in files(selected, tmp_path)["metrics/tables/table1.md"]

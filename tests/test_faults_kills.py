@@ -119,7 +119,7 @@ def evaluated(stages: Server, stage: str) -> dict[str, str]:
 @pytest.mark.parametrize(
     ("stage", "workers", "count"),
     [
-        ("attack", 1, 6),  # two checkpoints, three batches
+        ("attack", 1, 7),  # two checkpoints, three batches, and the sanity checks
         ("autoattack", 1, 8),  # four attacks on two chunks
         ("autoattack", 2, 8),
     ],

@@ -100,6 +100,47 @@ def test_state_of_other_parameters_or_data_is_not_used_and_kept_for_when_it_is_w
     assert model(stages) == expected
 
 
+@pytest.mark.parametrize(("stage", "file", "pieces"), [("attack", "sanity", 7), ("autoattack", "square", 8)])
+def test_pieces_of_other_code_are_not_used(
+    stages: Server, tmp_path: Path, stage: str, file: str, pieces: int
+) -> None:
+    assert stages.run("train", *CELL) == 0, stages.said()
+    for name in ("dynat", "stages"):
+        shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))
+    process: dict[str, Any] = {
+        "args": [sys.executable, "-m", f"stages.{stage}", *CELL],
+        "cwd": stages.folder,
+        "env": environment(stages.folder) | {"PYTHONPATH": str(tmp_path)},
+        "stdout": subprocess.PIPE,
+        "text": True,
+    }
+    with subprocess.Popen(**process) as first:
+        while_there_is(stages.folder, ".dvc/tmp/dynat/*/piece-*.pt")(first.pid)
+    assert first.returncode == -signal.SIGKILL
+    source = tmp_path / f"dynat/{file}.py"
+    before = source.read_text(encoding="utf-8")
+    source.write_text(before + "# another version\n", encoding="utf-8")
+    changed = subprocess.run(**process, check=True)
+    assert changed.stdout.count(f" {stage}: ") == pieces
+    source.write_text(before, encoding="utf-8")
+    unchanged = subprocess.run(**process, check=True)
+    assert unchanged.stdout.count(f" {stage}: ") < pieces
+
+
+@pytest.mark.parametrize("stage", ["attack", "autoattack"])
+def test_an_evaluation_without_data_or_model_is_one_line(stages: Server, stage: str) -> None:
+    assert stages.run(stage, *CELL) == 2
+    assert stages.said().startswith("error: models/mini/pgd_at/0/target.safetensors: no such file")
+    data = stages.folder / "data/mini.safetensors"
+    data.rename(data.with_suffix(".away"))
+    status, said = stages.run(stage, *CELL), stages.said()
+    data.with_suffix(".away").rename(data)
+    assert status == 2
+    assert said.startswith("error: data/mini.safetensors: no such file")
+    assert len(said.splitlines()) == 1
+    assert not (stages.folder / ".dvc/tmp/dynat").exists() or not states(stages.folder)
+
+
 def test_state_of_other_code_is_not_used(stages: Server, tmp_path: Path) -> None:
     for name in ("dynat", "stages"):
         shutil.copytree(ROOT / name, tmp_path / name, ignore=shutil.ignore_patterns("__pycache__"))

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -153,7 +154,7 @@ def test_two_processes_evaluate_to_the_same_bytes_as_one_and_share_the_work(
 ) -> None:
     params = yaml.safe_load((repository / "params.yaml").read_text())
     study = params["study"]["digits"]
-    study["attack"] |= {"n": 70, "batch": 20, "pgd": [2, 5], "cw_steps": 3, "apgd_steps": 5}
+    study["attack"] |= {"batch": 5, "pgd": [2, 5], "cw_steps": 3, "apgd_steps": 5}
     study["autoattack"] |= {"n": [6], "batch": 2, "epsilon": 0.02}
     (repository / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
     assert run([sys.executable, *CELL], repository).returncode == 0
@@ -171,4 +172,41 @@ def test_two_processes_evaluate_to_the_same_bytes_as_one_and_share_the_work(
     assert written[1] == written[2]
     assert len(written[1]) == (4 if stage == "attack" else 3)
     assert set(said[2]) < set(said[1])  # the first process tells of its own share
-    assert len(said[2]) == len(said[1]) // 2 + (stage == "autoattack") * 2
+    # attack: four batches twice, and the sanity checks; AutoAttack: four attacks on three chunks
+    assert (len(said[1]), len(said[2])) == ((9, 5) if stage == "attack" else (12, 8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("which", ["first", "other"])
+def test_one_stopped_process_of_an_evaluation_takes_the_others_along(repository: Path, which: str) -> None:
+    params = yaml.safe_load((repository / "params.yaml").read_text())
+    params["study"]["digits"]["autoattack"] |= {"n": [20], "batch": 2, "epsilon": 0.01}
+    (repository / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
+    assert run([sys.executable, *CELL], repository).returncode == 0
+    process = subprocess.Popen(
+        [*torchrun(2), "-m", "stages.autoattack", *CELL[2:]],
+        cwd=repository,
+        env=environment(repository),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+    )
+    assert process.stdout
+    while "autoattack: " not in process.stdout.readline():
+        assert process.poll() is None
+    (lock,) = (repository / ".dvc/tmp/dynat").glob("?" * 64 + "/lock")
+    first = int(lock.read_text())
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
+    (other,) = [pid for pid in map(int, children) if pid != first and is_stage(pid)]
+    begun = time.monotonic()
+    os.kill(first if which == "first" else other, signal.SIGTERM)
+    said, _ = process.communicate(timeout=120)
+    assert time.monotonic() - begun < 25  # before torchrun's patience of 30 s is over
+    assert process.returncode != 0
+    assert said.count("stopped; the finished pieces are kept") == 1
+    assert not (repository / "metrics/autoattack").exists()
+    assert list(lock.parent.glob("piece-*"))
+
+
+def is_stage(pid: int) -> bool:
+    return b"stages.autoattack" in Path(f"/proc/{pid}/cmdline").read_bytes()

@@ -143,6 +143,7 @@ def test_mlflow_holds_a_finished_run_of_every_stage_with_the_models_hash(reposit
         ("alpha=abc", "alpha"),
         ("alpha=-1", "alpha"),
         ("variants=[dynatt]", "variants"),
+        ("launch=pyton", "launch"),
         ("study.digits.train.epsilon=1.5", "study.digits.train.epsilon"),
         ("study.digits.train.batch=5000", "study.digits.train.batch"),
     ],

@@ -134,7 +134,7 @@ def test_figures_of_the_paper_are_drawn_from_what_was_run(report: str, tmp_path:
         "DYNAT against LBGAT",
         "Clean accuracy",
         "GAIRAT against",
-        "radius of the attack",
+        "radius of PGD-20",
         "PGD-20 makes dynat",
     ):
         assert sum(words in caption for caption in captions) == 1, words

@@ -249,3 +249,12 @@ def test_a_lock_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
     with pytest.raises(UserError, match=r"dvc.lock: cannot be read .*git checkout") as fault:
         tabulate(params(["pgd_at"], []), tmp_path)
     assert "\n" not in str(fault.value)
+
+
+def test_columns_on_fewer_images_than_those_beside_them_are_said_to_be(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    assert "AA: the first 40 test images alone" in text
+    write(tmp_path, "pgd_at", COUNTS, aa={100: 67})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    assert "test images alone" not in text

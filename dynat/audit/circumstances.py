@@ -46,7 +46,8 @@ def _fault(record: dict[str, Any], stage: str, run: str, model_sha256: str) -> s
 def _described(root: Path, name: str, record: dict[str, Any], model_sha256: str) -> Link:
     hardware, versions = record["hardware"], record["versions"]
     where = hardware["accelerator"] if hardware["accelerator"] != "none" else hardware["processor"]
-    resumed, epoch = record.get("resumed", 0), record.get("resumed_from_epoch")
+    epoch = record.get("resumed_from_epoch")
+    resumed = record.get("resumed", 0 if epoch is None else 1)
     times = "never resumed" if not resumed else f"resumed {resumed} time{'s' if resumed > 1 else ''}"
     parts = [
         f"{record['started'][:10]}, {record['seconds']:g} s on {where}",
