@@ -127,8 +127,8 @@ class Printed:
             names = [*self.again[1], REPORT]
         except (UserError, ValueError) as error:
             return [broken("tables", TABLES, " ".join(str(error).split()), "")]
-        folder = self.root / TABLES
-        names += [f"{TABLES}/{path.name}" for path in sorted(folder.iterdir())]
+        there = sorted(path for path in (self.root / TABLES).rglob("*") if path.is_file())
+        names += [path.relative_to(self.root).as_posix() for path in there]
         return [self.table(name) for name in dict.fromkeys(names)]
 
     def table(self, name: str) -> Link:
