@@ -82,7 +82,7 @@ def assess(record: RunRecord, spec: Attack | AutoAttack, machine: Machine, work:
         flag = store.folder / STOP
         flag.unlink(missing_ok=True)
         parallel.join(device)  # the others begin when the store is known to be this run's own
-        parallel.from_first({"key": key})
+        parallel.from_first({"key": store.folder.name})
         with graceful_stop() as stop:
             pieces = Pieces(store.load_piece, store.save_piece, _unheard, partial(_stopped, stop, flag))
             try:

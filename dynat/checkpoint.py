@@ -109,23 +109,29 @@ def resume_key(parts: Mapping[str, str]) -> str:
     return _digest(dict(parts))
 
 
+class AlreadyRunningError(UserError):
+    """Another process holds the resume state."""
+
+
 class ResumeStore:
     """Resume state of one stage in ``$DVC_ROOT/.dvc/tmp/dynat/<key>/``, for one process at a time.
 
-    Use it in a ``with``; a second process is refused with the first one's pid. ``token`` is a random name
-    that the folder keeps from the first start until :meth:`clear`, ``resumed`` counts the starts after it.
-    Helpers of the process that holds the store keep and read pieces without the ``with``.
+    Use it in a ``with``; a second process is refused with the first one's pid. In a temporary workspace of
+    DVC it gets a folder of its own, ``<key>-2``: two experiments of a queue may need the same stage.
+    ``token`` is a random name that the folder keeps from the first start until :meth:`clear`, ``resumed``
+    counts the starts after it. Helpers of the process that holds the store keep and read pieces without the
+    ``with``.
     """
 
     def __init__(self, key: str) -> None:
-        self.folder = Path(os.environ.get("DVC_ROOT", "")).resolve() / ".dvc" / "tmp" / "dynat" / key
+        self._root = Path(os.environ.get("DVC_ROOT", "")).resolve()
+        self.folder = self._root / ".dvc" / "tmp" / "dynat" / key
         self.token, self.resumed = "", 0
         self._lock = -1
         self._good: Path | None = None  # the newest generation known to be sound
 
     def __enter__(self) -> Self:
-        with _explained(self.folder):
-            self._lock = _lock(self.folder / "lock")
+        self._lock = self._take_lock()
         try:
             self._count_start()
         except BaseException:
@@ -135,6 +141,18 @@ class ResumeStore:
 
     def __exit__(self, *error: object) -> None:
         os.close(self._lock)
+
+    def _take_lock(self) -> int:
+        key, number = self.folder.name, 1
+        while True:
+            try:
+                with _explained(self.folder):
+                    return _lock(self.folder / "lock")
+            except AlreadyRunningError:
+                if Path.cwd().resolve() == self._root:
+                    raise
+            number += 1
+            self.folder = self.folder.with_name(f"{key}-{number}")
 
     def _count_start(self) -> None:
         path = self.folder / "token"
@@ -338,7 +356,7 @@ def _lock(path: Path) -> int:
             pid = os.read(lock, 20).decode() or "unknown"
             os.close(lock)
             message = f"this stage already runs as process {pid}; wait for it or stop it ({path})"
-            raise UserError(message) from error
+            raise AlreadyRunningError(message) from error
         except BaseException:
             os.close(lock)
             raise

@@ -27,6 +27,7 @@ Action = Callable[[], None]
 @pytest.fixture(autouse=True)
 def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
     return tmp_path
 
 
@@ -310,6 +311,22 @@ def test_a_second_process_is_refused_with_the_pid_of_the_first_until_that_is_kil
         first.wait()
         with ResumeStore("key") as store:
             store.save(full(1))
+
+
+def test_in_a_temporary_workspace_a_second_process_works_beside_the_first(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        (tmp_path / "workspace").mkdir()
+        monkeypatch.chdir(tmp_path / "workspace")
+        with ResumeStore("key") as store:
+            assert store.folder == root.resolve() / ".dvc/tmp/dynat/key-2"
+            store.save(full(1))
+            assert_is(store.load(), 1)
+        first.kill()
+        first.wait()
 
 
 def test_the_token_lasts_until_the_stage_is_done_and_the_starts_are_counted() -> None:

@@ -178,6 +178,7 @@ def test_a_sweep_in_the_queue_with_two_workers_lands_in_one_store(repository: Pa
         JOIN tags AS name ON name.run_uuid = runs.run_uuid AND name.key = 'dvc.exp_name'
         JOIN tags AS stage ON stage.run_uuid = runs.run_uuid AND stage.key = 'stage'
         LEFT JOIN params AS alpha ON alpha.run_uuid = runs.run_uuid AND alpha.key = 'alpha'
+        WHERE runs.name = 'dynat-0'
         """
     while True:  # what the last stage said may still be on its way
         with closing(sqlite3.connect(f"file:{repository / 'mlflow.db'}?mode=ro", uri=True)) as store:
