@@ -1,6 +1,6 @@
 """How long the audit of a large study takes, beside ``dvc status`` of the same repository.
 
-``python benchmarks/audit.py [--seeds 3]``, after ``dvc repro``: in a copy of the repository the results of
+``python -m benchmarks.audit [--seeds 3]``, after ``dvc repro``: in a copy of the repository the results of
 seed 0 stand for several seeds, DVC itself writes their ``dvc.lock``, and the tables are made anew. Every link
 is checked as in earnest, with all outputs at hand; the audit fails here if one is broken.
 
@@ -10,9 +10,7 @@ On 2 busy virtual cores, 2 seeds: 360 cells in 3.1 s after imports (6.5 s with t
 
 import argparse
 import json
-import os
 import shutil
-import subprocess
 import sys
 import tempfile
 import time
@@ -22,7 +20,8 @@ from pathlib import Path
 
 import yaml
 
-ROOT = Path(__file__).resolve().parents[1]
+from benchmarks.copies import ROOT, copy_sources, run
+
 REPEATS = 3
 GIT = ("git", "-c", "user.name=benchmark", "-c", "user.email=benchmark@example.org")
 AUDIT = (sys.executable, "-m", "dynat.audit")
@@ -41,17 +40,7 @@ sys.exit(status)
 
 def study(folder: Path, seeds: int) -> None:
     """A committed repository in ``folder`` with the results of every method for each seed."""
-    listed = subprocess.run(
-        ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"],
-        cwd=ROOT,
-        capture_output=True,
-        check=True,
-        text=True,
-    ).stdout.split("\0")
-    for name in filter(None, listed):
-        if (ROOT / name).is_file():
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            shutil.copy2(ROOT / name, folder / name)
+    copy_sources(folder)
     for name in ("data", "models", "metrics"):  # outputs that Git does not have
         shutil.copytree(ROOT / name, folder / name, dirs_exist_ok=True)
     for path in sorted(folder.glob("m*/**/*")):
@@ -70,15 +59,6 @@ def study(folder: Path, seeds: int) -> None:
     run(folder, sys.executable, "-m", "dvc", "commit", "-f", "-q")
     run(folder, *GIT, "add", "-A")
     run(folder, *GIT, "commit", "-qm", "study")
-
-
-def run(folder: Path, *command: str) -> str:
-    """Standard output of a command; it must succeed."""
-    environment = {**os.environ, "PYTHONPATH": str(folder)}
-    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
-    if done.returncode:
-        sys.exit(f"{' '.join(command)}:\n{done.stdout}{done.stderr}")
-    return done.stdout
 
 
 def best(measure: Callable[[], float]) -> float:
