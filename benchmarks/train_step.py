@@ -73,7 +73,7 @@ def compare(arguments: argparse.Namespace, device: torch.device, precision: torc
         sys.exit(f"error: --method {method} has no transcription: choose one of {', '.join(STEPS)}")
     target, guide, shape = networks(arguments.network, recipe, device)
     published = Published(method, recipe, copy.deepcopy(target), copy.deepcopy(guide))
-    engine = engine_of(recipe, target, guide, precision)
+    engine = engine_of(recipe, target, guide, precision, arguments.compile)
     timed = Stopwatch(device, arguments.clock)
     plain, ours = [], []
     data = batches(recipe, shape, size, 2, device)
@@ -133,12 +133,18 @@ def networks(
     return target, guide if recipe.needs_guide else None, shape
 
 
-def engine_of(recipe: Recipe, target: nn.Module, guide: nn.Module | None, precision: torch.dtype) -> Engine:
+def engine_of(
+    recipe: Recipe,
+    target: nn.Module,
+    guide: nn.Module | None,
+    precision: torch.dtype,
+    compiled: bool = False,
+) -> Engine:
     """The engine as stages/train.py sets it up."""
     for network in (target, guide):
         if network is not None:
             network.to(memory_format=torch.channels_last)
-    engine = Engine(recipe, target, guide, precision, fold=True)
+    engine = Engine(recipe, target, guide, precision, fold=True, compiled=compiled)
     engine.set_epoch(1)
     return engine
 
@@ -228,6 +234,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of the CPU; default: all")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="see Stopwatch")
+    parser.add_argument("--compile", action="store_true", help="train.compile=true for the engine")
     parser.add_argument("--costs", action="store_true", help="every recipe relative to pgd_at instead")
     return parser.parse_args()
 

@@ -5,6 +5,7 @@
 
 import os
 import platform
+import shutil
 import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -58,6 +59,14 @@ def device_of(machine: Machine) -> "torch.device":
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
     return torch.device("cpu")
+
+
+def find_compiler(key: str) -> None:
+    """Raise :class:`UserError`, naming ``key``, if there is no C and C++ compiler for ``torch.compile``."""
+    for variable, names in {"CC": ("gcc", "clang"), "CXX": ("g++", "clang++")}.items():
+        wanted = [os.environ[variable]] if os.environ.get(variable) else names
+        if not any(map(shutil.which, wanted)):
+            raise UserError(f"{key}: found no compiler {' or '.join(wanted)}; install one or set {key}=false")
 
 
 def fast_bf16(device: "torch.device") -> bool:

@@ -182,6 +182,16 @@ class Study(Model):
                 raise ValueError(f"{key}: {count} is more than the {available} {part} images")
         return self
 
+    @model_validator(mode="after")
+    def _compiled_code_is_not_pinned(self) -> "Study":
+        pinned = self.machine.instructions
+        if self.train.compile and pinned:
+            raise ValueError(
+                f"train.compile: true cannot keep the bits that machine.instructions={pinned} pins; "
+                f"set machine.instructions=null or train.compile=false"
+            )
+        return self
+
 
 class Params(Model):
     """The whole of params.yaml."""

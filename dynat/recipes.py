@@ -245,6 +245,7 @@ class Train(Model):
     mean: list[Number] | None = None
     std: list[Positive] | None = None
     precision: Literal["auto", "fp32", "bf16"] = "auto"
+    compile: Flag = False  # the network that an eval-mode inner attack forwards, by torch.compile
     validation_steps: Count = 10  # PGD steps of the robust accuracy that chooses the checkpoint
 
     @model_validator(mode="after")

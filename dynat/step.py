@@ -40,7 +40,8 @@ class Engine:
     """Target, guide and optimiser of one training, and the recipe that drives them.
 
     ``precision`` is the type of the matrix products. With ``fold`` the inner loop attacks a simplified copy
-    of the target (dynat.frozen): faster, and the same up to rounding.
+    of the target (dynat.frozen): faster, and the same up to rounding. ``compiled`` is for that copy, once for
+    each batch size, at its first forward.
     """
 
     def __init__(
@@ -50,9 +51,11 @@ class Engine:
         guide: nn.Module | None,
         precision: torch.dtype = torch.float32,
         fold: bool = False,
+        compiled: bool = False,
     ) -> None:
         self.recipe, self.target, self.guide, self.precision = recipe, target, guide, precision
         self.fold = fold and recipe.inner.mode == "eval"  # batch statistics cannot be folded
+        self.compiled = compiled
         self._frozen: Frozen | None = None
         if recipe.needs_guide and guide is None:
             raise ValueError("the recipe needs a guide")
@@ -214,6 +217,8 @@ class Engine:
             return self.target
         if self._frozen is None:
             self._frozen = Frozen(self.target, images[:1], self.precision)
+            if self.compiled:
+                self._frozen.copy.compile(dynamic=False)
         else:
             self._frozen.refresh()
         return self._frozen

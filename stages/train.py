@@ -110,6 +110,8 @@ def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
 
     study, recipe = here.study, here.params.recipe(here.setting, here.method)
     device = environment.device_of(study.machine)
+    if study.train.compile:
+        environment.find_compiler(f"study.{here.setting}.train.compile")
     parallel.join(device)
     source = Path("data", f"{here.setting}.safetensors")
     data = load(source, device)
@@ -135,7 +137,8 @@ def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
         }
     )
     fold = study.machine.instructions is None  # where bits are pinned, the plain arithmetic
-    engine = Engine(recipe, networks["target"], networks.get("guide"), precision, fold)
+    compiled = study.train.compile
+    engine = Engine(recipe, networks["target"], networks.get("guide"), precision, fold, compiled)
     return Training(engine, study.train, data, here.seed), metadata, key
 
 

@@ -9,6 +9,8 @@ from test_step import CASES, draw
 from test_step import networks as pair
 from torch import Tensor, nn
 
+from dynat.environment import find_compiler
+from dynat.errors import UserError
 from dynat.frozen import Frozen, _Reversible
 from dynat.networks import build
 from dynat.step import Engine
@@ -102,3 +104,49 @@ def test_a_step_on_the_folded_target_gives_the_same_weights_and_statistics(name:
         states = [getattr(engine, network).state_dict() for engine in engines]
         for key, value in states[0].items():
             assert torch.allclose(states[1][key], value, rtol=1e-8, atol=1e-11), key
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["trades", "dynat_inner_awp"])
+def test_a_compiled_inner_loop_gives_the_same_weights_also_on_a_smaller_last_batch(name: str) -> None:
+    choice, _, rates = CASES[name]
+    engines = [Engine(choice, *pair(), fold=True, compiled=compiled) for compiled in (False, True)]
+    for seed, count in ((20, 6), (21, 6), (22, 4)):
+        for engine in engines:
+            engine.set_epoch(max(rates))
+        plain, compiled = (engine.step(draw(choice, seed, count)) for engine in engines)
+        assert compiled.target_loss.item() == pytest.approx(plain.target_loss.item(), rel=1e-9)
+    frozen = engines[1]._frozen
+    assert frozen is not None
+    assert frozen.copy._compiled_call_impl is not None
+    for key, value in engines[0].target.state_dict().items():
+        assert torch.allclose(engines[1].target.state_dict()[key], value, rtol=1e-8, atol=1e-11), key
+
+
+@pytest.mark.slow
+def test_compiled_in_bfloat16_a_network_has_the_logits_and_gradients_that_it_has_uncompiled() -> None:
+    network, x = lived_in("wrn").float(), torch.rand(8, 3, 8, 8)
+    folded, compiled = (Frozen(network, x[:1], torch.bfloat16) for _ in range(2))
+    compiled.copy.compile(dynamic=False)
+
+    def half(function: Any) -> Any:
+        def forward(point: Tensor) -> Tensor:
+            with torch.autocast("cpu", torch.bfloat16):
+                return function(point).float()
+
+        return forward
+
+    for mine, own in zip(values(half(compiled), x), values(half(folded), x), strict=True):
+        assert (mine - own).norm() < 0.05 * own.norm()
+
+
+def test_without_a_compiler_a_compiled_training_is_refused_by_its_key(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setenv("PATH", "/nowhere")
+    for variable in ("CC", "CXX"):
+        monkeypatch.delenv(variable, raising=False)
+    with pytest.raises(
+        UserError, match=r"^some\.key: found no compiler gcc or clang; [^\n]*some\.key=false$"
+    ):
+        find_compiler("some.key")

@@ -242,6 +242,15 @@ def test_more_test_images_than_the_study_keeps_cannot_be_attacked() -> None:
     assert "n: 200 is more than the 9 test images" in refusal(changed("study.digits.data", cifar10))
 
 
+def test_a_compiled_inner_loop_and_pinned_bits_exclude_each_other() -> None:
+    tree = changed("study.digits.train.compile", True)
+    both = refusal(tree)
+    assert both.startswith("study.digits.train.compile: ")
+    assert "machine.instructions=avx2" in both
+    tree["study"]["digits"]["machine"]["instructions"] = None
+    assert parse(tree).study["digits"].train.compile
+
+
 def test_dvc_tracks_the_values_that_are_used() -> None:
     ours, tracked = load(FILE), parse(TREE)
     assert ours.study == tracked.study

@@ -25,6 +25,7 @@ from published_steps import (
 )
 from torch import Tensor
 
+from dynat.networks import build
 from dynat.recipes import Recipe
 from dynat.step import Batch, Engine, Outcome
 
@@ -257,3 +258,25 @@ def test_learning_rate_of_lbgat_over_its_epochs() -> None:
         for epoch in epochs:
             engine.set_epoch(epoch)
             assert engine.optimizer.lr == pytest.approx(rate)
+
+
+# --------------------------------------------------------------------- what a step does not do
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("name", PARAMS["recipes"])
+def test_no_step_waits_for_the_device(name: str, fold: bool) -> None:
+    """Tensors without values: whoever asks for one, as ``.item()`` and ``.nonzero()`` do, fails."""
+    choice = shipped(name)
+    with torch.device("meta"):
+        target, guide = (build("resnet", 5, 3, blocks=[1, 1], strides=[1, 2], width=4) for _ in range(2))
+        images, truth = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+        jitter = torch.randn(choice.inner.steps, *images.shape) if choice.inner.stop else None
+    engine = Engine(choice, target, guide if choice.needs_guide else None, fold=fold)
+    engine.set_epoch(choice.schedule.epochs - 1)  # past every burn-in
+    for _ in range(2):
+        outcome = engine.step(Batch(images, truth, torch.rand_like(images), jitter))
+    assert outcome.target_loss.shape == ()
+    for reading in (outcome.target_loss.item, truth.nonzero, lambda: images[truth > 0]):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            reading()
