@@ -25,7 +25,7 @@ def copy_sources(folder: Path) -> None:
 
 
 def run(folder: Path, *command: str) -> str:
-    """Standard output of a command in ``folder``, with its code; the command must succeed."""
+    """Standard output of a command in ``folder``, importing its dynat; the command must succeed."""
     environment = {**os.environ, "PYTHONPATH": str(folder)}
     done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
     if done.returncode:

@@ -1,8 +1,8 @@
 """How long ``dvc repro`` takes when nothing has changed: the default selection and everything selected.
 
 ``python -m benchmarks.no_op [--rounds 3]``. In a copy of the repository a small file stands for every missing
-output of the selected stages, and DVC itself writes ``dvc.lock`` for them: what they contain makes no
-difference to a run that finds nothing to do. A loop of Python beside each run tells how busy the machine is.
+output of the selected stages, folders too, and DVC itself writes ``dvc.lock`` for them; a real run looks at
+the few files in each folder besides. A loop of Python beside each run tells how busy the machine is.
 """
 
 import argparse

@@ -74,22 +74,28 @@ def compare(arguments: argparse.Namespace, device: torch.device, precision: torc
     target, guide, shape = networks(arguments.network, recipe, device)
     published = Published(method, recipe, copy.deepcopy(target), copy.deepcopy(guide))
     engine = engine_of(recipe, target, guide, precision, arguments.compile)
+    steps: dict[str, Step] = {"published": published.step, "engine": engine.step}
+    if arguments.compile:
+        twins = copy.deepcopy(target), copy.deepcopy(guide)
+        steps["uncompiled"] = engine_of(recipe, *twins, precision).step
     timed = Stopwatch(device, arguments.clock)
-    plain, ours = [], []
+    times: dict[str, list[float]] = {name: [] for name in steps}
     data = batches(recipe, shape, size, 2, device)
     for number in range(arguments.rounds + 1):
-        batch = data[number % 2]
-        times = timed(published.step, batch), timed(engine.step, batch)
-        if number:  # the first round warms up
-            plain.append(times[0])
-            ours.append(times[1])
-    ratios = sorted(a / b for a, b in zip(plain, ours, strict=True))
+        for name, step in steps.items():
+            seconds = timed(step, data[number % 2])
+            if number:  # the first round warms up
+                times[name].append(seconds)
+    ours = times.pop("engine")
     seconds, flops = statistics.median(ours), 2 * work_per_image(engine, shape) * size
     peak = matrix_peak(timed, device, precision)
-    low, middle, high = ratios[0], statistics.median(ratios), ratios[-1]
-    print(f"published  {size / statistics.median(plain):9.2f} images/s")
+    for name, others in times.items():
+        ratios = sorted(a / b for a, b in zip(others, ours, strict=True))
+        print(
+            f"{name:10} {size / statistics.median(others):9.2f} images/s; engine's ratio to it "
+            f"{statistics.median(ratios):.2f} ({len(ratios)} rounds, {ratios[0]:.2f} to {ratios[-1]:.2f})"
+        )
     print(f"engine     {size / seconds:9.2f} images/s")
-    print(f"ratio      {middle:9.2f}   ({len(ratios)} rounds, {low:.2f} to {high:.2f})")
     print(f"model      {flops / size / 1e9:9.2f} GFLOP/image")
     print(f"peak       {peak / 1e9:9.1f} GFLOP/s, matrix product, {precision}")
     print(f"floor      {flops / peak:9.3f} s/step; measured {seconds:.3f} s: {flops / seconds / peak:.1%}")
@@ -234,9 +240,16 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--threads", type=int, help="of the CPU; default: all")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="see Stopwatch")
-    parser.add_argument("--compile", action="store_true", help="train.compile=true for the engine")
+    parser.add_argument(
+        "--compile",
+        action="store_true",
+        help="train.compile=true for the engine, and its ratio to that without",
+    )
     parser.add_argument("--costs", action="store_true", help="every recipe relative to pgd_at instead")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if arguments.costs and arguments.compile:
+        parser.error("--costs compiles nothing: leave out --compile")
+    return arguments
 
 
 if __name__ == "__main__":

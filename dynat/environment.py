@@ -5,7 +5,9 @@
 
 import os
 import platform
+import shlex
 import shutil
+import subprocess
 import sys
 from importlib.metadata import version
 from typing import TYPE_CHECKING, Any
@@ -28,6 +30,7 @@ PACKAGES = ("torch", "torchvision", "numpy", "pyautoattack", "scikit-learn", "sa
 def pin(machine: Machine) -> None:
     """Set what must be in the environment before torch is imported."""
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
+    os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # no kernel chosen by timing it
     if machine.instructions == "avx2":
         os.environ.update(PINNED)
     if machine.threads is not None:
@@ -61,12 +64,23 @@ def device_of(machine: Machine) -> "torch.device":
     return torch.device("cpu")
 
 
-def find_compiler(key: str) -> None:
-    """Raise :class:`UserError`, naming ``key``, if there is no C and C++ compiler for ``torch.compile``."""
-    for variable, names in {"CC": ("gcc", "clang"), "CXX": ("g++", "clang++")}.items():
-        wanted = [os.environ[variable]] if os.environ.get(variable) else names
-        if not any(map(shutil.which, wanted)):
-            raise UserError(f"{key}: found no compiler {' or '.join(wanted)}; install one or set {key}=false")
+def compiler(key: str, device: "torch.device") -> str:
+    """The version of the compiler that ``torch.compile`` calls: C++ for a CPU, C (by Triton) for CUDA.
+
+    Raises :class:`UserError`, naming ``key``, if there is none.
+    """
+    variable, names = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++"])
+    if device.type == "cpu" and sys.platform == "darwin":
+        names = ["clang++"]
+    given = shlex.split(os.environ.get(variable, ""))
+    for command in [given] if given else [[name] for name in names]:
+        if shutil.which(command[0]):
+            version = subprocess.run([*command, "--version"], capture_output=True, text=True)
+            return version.stdout.partition("\n")[0]
+    raise UserError(
+        f"{key}: found no compiler {' or '.join(given[:1] or names)}; install one, name one in {variable}, "
+        f"or set {key}=false"
+    )
 
 
 def fast_bf16(device: "torch.device") -> bool:

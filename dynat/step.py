@@ -40,8 +40,8 @@ class Engine:
     """Target, guide and optimiser of one training, and the recipe that drives them.
 
     ``precision`` is the type of the matrix products. With ``fold`` the inner loop attacks a simplified copy
-    of the target (dynat.frozen): faster, and the same up to rounding. ``compiled`` is for that copy, once for
-    each batch size, at its first forward.
+    of the target (dynat.frozen): faster, and the same up to rounding. ``compiled`` is for that copy: at the
+    first forward of each batch size, with and without a gradient.
     """
 
     def __init__(
@@ -218,7 +218,8 @@ class Engine:
         if self._frozen is None:
             self._frozen = Frozen(self.target, images[:1], self.precision)
             if self.compiled:
-                self._frozen.copy.compile(dynamic=False)
+                torch._dynamo.reset()  # its limit of compilations is one for all networks of a process
+                self._frozen.copy.compile(dynamic=False, fullgraph=True)
         else:
             self._frozen.refresh()
         return self._frozen

@@ -110,8 +110,8 @@ def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
 
     study, recipe = here.study, here.params.recipe(here.setting, here.method)
     device = environment.device_of(study.machine)
-    if study.train.compile:
-        environment.find_compiler(f"study.{here.setting}.train.compile")
+    compiled = study.train.compile and recipe.inner.mode == "eval" and recipe.inner.steps > 0
+    compiler = environment.compiler(f"study.{here.setting}.train.compile", device) if compiled else "none"
     parallel.join(device)
     source = Path("data", f"{here.setting}.safetensors")
     data = load(source, device)
@@ -133,11 +133,11 @@ def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
             "data": sha256(source),
             "code": code_key(),
             "processes": str(parallel.size()),
+            "compiler": compiler,
             **environment.fingerprint(device),
         }
     )
     fold = study.machine.instructions is None  # where bits are pinned, the plain arithmetic
-    compiled = study.train.compile
     engine = Engine(recipe, networks["target"], networks.get("guide"), precision, fold, compiled)
     return Training(engine, study.train, data, here.seed), metadata, key
 

@@ -1,6 +1,7 @@
 """The simplified copy that the inner loop attacks is the network in eval mode, up to rounding."""
 
 import copy
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -8,8 +9,9 @@ import torch
 from test_step import CASES, draw
 from test_step import networks as pair
 from torch import Tensor, nn
+from torch._dynamo.utils import counters
 
-from dynat.environment import find_compiler
+from dynat.environment import compiler
 from dynat.errors import UserError
 from dynat.frozen import Frozen, _Reversible
 from dynat.networks import build
@@ -109,6 +111,7 @@ def test_a_step_on_the_folded_target_gives_the_same_weights_and_statistics(name:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trades", "dynat_inner_awp"])
 def test_a_compiled_inner_loop_gives_the_same_weights_also_on_a_smaller_last_batch(name: str) -> None:
+    counters.clear()
     choice, _, rates = CASES[name]
     engines = [Engine(choice, *pair(), fold=True, compiled=compiled) for compiled in (False, True)]
     for seed, count in ((20, 6), (21, 6), (22, 4)):
@@ -116,9 +119,8 @@ def test_a_compiled_inner_loop_gives_the_same_weights_also_on_a_smaller_last_bat
             engine.set_epoch(max(rates))
         plain, compiled = (engine.step(draw(choice, seed, count)) for engine in engines)
         assert compiled.target_loss.item() == pytest.approx(plain.target_loss.item(), rel=1e-9)
-    frozen = engines[1]._frozen
-    assert frozen is not None
-    assert frozen.copy._compiled_call_impl is not None
+    forwards = 2 if choice.inner.loss == "kl" else 1  # KL: also one without gradient
+    assert counters["stats"]["unique_graphs"] == 2 * forwards  # of two batch sizes
     for key, value in engines[0].target.state_dict().items():
         assert torch.allclose(engines[1].target.state_dict()[key], value, rtol=1e-8, atol=1e-11), key
 
@@ -127,7 +129,9 @@ def test_a_compiled_inner_loop_gives_the_same_weights_also_on_a_smaller_last_bat
 def test_compiled_in_bfloat16_a_network_has_the_logits_and_gradients_that_it_has_uncompiled() -> None:
     network, x = lived_in("wrn").float(), torch.rand(8, 3, 8, 8)
     folded, compiled = (Frozen(network, x[:1], torch.bfloat16) for _ in range(2))
-    compiled.copy.compile(dynamic=False)
+    counters.clear()
+    torch._dynamo.reset()
+    compiled.copy.compile(dynamic=False, fullgraph=True)
 
     def half(function: Any) -> Any:
         def forward(point: Tensor) -> Tensor:
@@ -138,15 +142,20 @@ def test_compiled_in_bfloat16_a_network_has_the_logits_and_gradients_that_it_has
 
     for mine, own in zip(values(half(compiled), x), values(half(folded), x), strict=True):
         assert (mine - own).norm() < 0.05 * own.norm()
+    assert counters["stats"]["unique_graphs"] == 1
 
 
-def test_without_a_compiler_a_compiled_training_is_refused_by_its_key(
-    monkeypatch: pytest.MonkeyPatch,
+def test_without_the_compiler_of_the_device_a_compiled_training_is_refused_by_its_key(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.setenv("PATH", "/nowhere")
+    for name in ("clang", "clang++"):  # torch.compile takes these for CUDA, not for a CPU
+        (tmp_path / name).write_text("#!/bin/sh\necho clang version 1\necho more\n")
+        (tmp_path / name).chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
     for variable in ("CC", "CXX"):
         monkeypatch.delenv(variable, raising=False)
-    with pytest.raises(
-        UserError, match=r"^some\.key: found no compiler gcc or clang; [^\n]*some\.key=false$"
-    ):
-        find_compiler("some.key")
+    assert compiler("key", torch.device("cuda")) == "clang version 1"
+    with pytest.raises(UserError, match=r"^some\.key: found no compiler g\+\+; .* set some\.key=false$"):
+        compiler("some.key", torch.device("cpu"))
+    monkeypatch.setenv("CXX", "clang++ -O1")
+    assert compiler("key", torch.device("cpu")) == "clang version 1"

@@ -216,17 +216,19 @@ def replay(shown: Printed, run: str, steps: int) -> list[Link]:
             absent("replay", f"replay {run}", f"not repeated: {processes} processes trained it, here is one")
         ]
     recorded = read_csv(shown.root, trace)[:steps]
-    device = _device(shown.params.study[setting])
+    study = shown.params.study[setting]
+    device = _device(study)
     now = _losses(shown, setting, method, int(seed), len(recorded))
     hardware = record.get("hardware", {})
-    same = environment.fingerprint(device).items() <= hardware.items()
+    same = environment.fingerprint(device).items() <= hardware.items() and not study.train.compile
     gaps = [
         0.0 if float(row[name]) == value else abs(float(row[name]) - value) / max(abs(value), 1e-12)
         for row, values in zip(recorded, now, strict=True)
         for name, value in values.items()
     ]
     worst, subject = max(gaps, default=0.0), f"replay {run}"
-    kind = "on the same kind of machine" if same else f"on another kind of machine, tolerance {TOLERANCE:g}"
+    where = "compiled anew" if study.train.compile else "on another kind of machine"
+    kind = "on the same kind of machine" if same else f"{where}, tolerance {TOLERANCE:g}"
     if not gaps or worst > (0 if same else TOLERANCE):
         text = f"the losses of the first {len(recorded)} steps differ by up to {worst:.2g} {kind}"
         advice = "these code, data, parameters and seed did not train it; run dvc repro -f of the training"
