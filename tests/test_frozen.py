@@ -1,6 +1,8 @@
 """The simplified copy that the inner loop attacks is the network in eval mode, up to rounding."""
 
 import copy
+import shutil
+import sysconfig
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +19,10 @@ from dynat.frozen import Frozen, _Reversible
 from dynat.networks import build
 from dynat.step import Engine
 
+COMPILES = pytest.mark.skipif(
+    not (shutil.which("g++") and Path(sysconfig.get_path("include"), "Python.h").exists()),
+    reason="torch.compile needs g++ and Python's headers, which are not here",
+)
 NETWORKS: dict[str, dict[str, Any]] = {
     "resnet": {"blocks": [1, 2], "strides": [1, 2], "width": 4},
     "preact_resnet": {"blocks": [1, 2], "strides": [1, 2], "width": 4},
@@ -42,6 +48,16 @@ def values(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     logits = function(point)
     (gradient,) = torch.autograd.grad(logits.square().sum(), point)
     return logits.detach(), gradient
+
+
+def half(function: Any) -> Any:
+    """The function under bfloat16 autocast."""
+
+    def forward(point: Tensor) -> Tensor:
+        with torch.autocast("cpu", torch.bfloat16):
+            return function(point).float()
+
+    return forward
 
 
 @pytest.mark.parametrize("name", NETWORKS)
@@ -79,13 +95,6 @@ def test_in_bfloat16_the_folded_network_is_as_near_to_the_exact_one_as_the_netwo
     folded = Frozen(network, x[:1], torch.bfloat16)
     assert any(isinstance(module, _Reversible) for module in folded.copy.modules())
 
-    def half(function: Any) -> Any:
-        def forward(point: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return function(point).float()
-
-        return forward
-
     expected = values(exact, x.double())
     for mine, own, truth in zip(values(half(folded), x), values(half(network), x), expected, strict=True):
         error, reference = (mine - truth).norm(), (own - truth).norm()
@@ -108,6 +117,7 @@ def test_a_step_on_the_folded_target_gives_the_same_weights_and_statistics(name:
             assert torch.allclose(states[1][key], value, rtol=1e-8, atol=1e-11), key
 
 
+@COMPILES
 @pytest.mark.slow
 @pytest.mark.parametrize("name", ["trades", "dynat_inner_awp"])
 def test_a_compiled_inner_loop_gives_the_same_weights_also_on_a_smaller_last_batch(name: str) -> None:
@@ -125,6 +135,7 @@ def test_a_compiled_inner_loop_gives_the_same_weights_also_on_a_smaller_last_bat
         assert torch.allclose(engines[1].target.state_dict()[key], value, rtol=1e-8, atol=1e-11), key
 
 
+@COMPILES
 @pytest.mark.slow
 def test_compiled_in_bfloat16_a_network_has_the_logits_and_gradients_that_it_has_uncompiled() -> None:
     network, x = lived_in("wrn").float(), torch.rand(8, 3, 8, 8)
@@ -132,13 +143,6 @@ def test_compiled_in_bfloat16_a_network_has_the_logits_and_gradients_that_it_has
     counters.clear()
     torch._dynamo.reset()
     compiled.copy.compile(dynamic=False, fullgraph=True)
-
-    def half(function: Any) -> Any:
-        def forward(point: Tensor) -> Tensor:
-            with torch.autocast("cpu", torch.bfloat16):
-                return function(point).float()
-
-        return forward
 
     for mine, own in zip(values(half(compiled), x), values(half(folded), x), strict=True):
         assert (mine - own).norm() < 0.05 * own.norm()
