@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Callable, Mapping, Sequence
 from functools import wraps
+from statistics import fmean
 from typing import Any, TypeVar
 
 from matplotlib import style
@@ -64,7 +65,7 @@ def training(name: str, methods: Mapping[str, Sequence[History]]) -> str:
                 axes.plot(*zip(*points, strict=True), line, color=COLOURS[rank + colour], lw=1.2, label=shown)
     axes.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 102))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
-    axes.legend(loc="lower right", fontsize=8)
+    axes.legend(loc="best" if single else "lower right", fontsize=8)
     if single:
         axes.set_title(next(iter(methods)), fontsize=9)
     return _svg(axes, name)
@@ -108,7 +109,7 @@ def bars(name: str, columns: Sequence[str], methods: Mapping[str, Sequence[float
 def against_epsilon(
     name: str, curves: Mapping[str, Sequence[Sequence[tuple[float, float]]]], dashed: set[str]
 ) -> str:
-    """Accuracy (percent) against epsilon, a curve per method and seed; the ``dashed`` ones are baselines.
+    """Accuracy (percent) against epsilon, a method's mean over its seeds; the ``dashed`` ones are baselines.
 
     The last point, at 1, where every image is in the ball, is left to the sanity checks.
     """
@@ -119,10 +120,11 @@ def against_epsilon(
         colour, marker = COLOURS[place], MARKERS[turn % len(MARKERS)]
         used[method in dashed] += 1
         line = "--" if method in dashed else "-"
-        for rank, curve in enumerate(seeds):
-            epsilons, values = zip(*curve[:-1], strict=True)
-            label = None if rank else method
-            axes.plot(epsilons, values, line, marker=marker, ms=3, color=colour, lw=1.2, label=label)
+        found: dict[float, list[float]] = {}
+        for epsilon, value in (point for curve in seeds for point in curve[:-1]):
+            found.setdefault(epsilon, []).append(value)
+        means = [fmean(found[epsilon]) for epsilon in sorted(found)]
+        axes.plot(sorted(found), means, line, marker=marker, ms=3, color=colour, lw=1.2, label=method)
     axes.set(xlabel="ε", ylabel="accuracy, %", ylim=(0, 102))
     axes.legend(fontsize=7, ncols=1 + (len(curves) > 8), loc="upper right")
     return _svg(axes, name)

@@ -205,7 +205,7 @@ def _figures(found: Tabulation, setting: str) -> Iterator[str]:
         images = " or ".join(map(str, sorted(counts)))
         yield _figure(
             f"Accuracy against the radius of PGD-20, on the first {images} test images; baselines dashed, "
-            "the DYNAT family solid.",
+            f"the DYNAT family solid{'; means over seeds' * any(len(run) > 1 for run in curves.values())}.",
             figures.against_epsilon(f"epsilon-{setting}", curves, {*params.baselines}),
         )
 
