@@ -13,6 +13,7 @@ import pytest
 from safetensors.numpy import save_file
 from synthetic import COUNTS, history, params, put, write
 
+from dynat.figures import against_epsilon
 from dynat.gallery import data_uri, perturbed
 from dynat.report import render, slug
 from dynat.tabulation import tabulate
@@ -200,3 +201,10 @@ def test_report_is_the_same_to_the_byte_in_another_process(report: str, results:
         command, check=True, capture_output=True, env={"PYTHONHASHSEED": "5", "TZ": "Asia/Tokyo"}
     )
     assert again.stdout.decode() == report
+
+
+def test_a_methods_curve_against_epsilon_is_the_mean_over_its_seeds() -> None:
+    seeds = [[(0.0, 90.0), (0.1, 50.0), (1.0, 0.0)], [(0.0, 96.0), (0.1, 60.0), (1.0, 0.0)]]
+    mean = [[(0.0, 93.0), (0.1, 55.0), (1.0, 0.0)]]
+    drawn = [against_epsilon("curve", {"dynat": curves}, set()) for curves in (seeds, mean, seeds[:1])]
+    assert drawn[0] == drawn[1] != drawn[2]
