@@ -1,11 +1,9 @@
 """Speed of a training step: the project's engine against the algorithm as published, in one run.
 
 Both sides take the same batches in turn; a round's ratio is (time of the published step) / (time of the
-engine's), so that whatever else slows the machine slows both. Model FLOPs are what the method needs, two per
-multiply-add of every convolution and linear layer: 1 forward of the guide and 2 for its backward; per inner
-step 1 forward and 1 backward to the input; per outer forward that the loss reads 1 and 2 for its backward;
-1 for a forward that only moves batch-norm statistics; the natural prediction of a KL attack once. Peak: the
-best of several large matrix products in the engine's precision, measured in the same run.
+engine's), so that whatever else slows the machine slows both. Model FLOPs are two per multiply-add that the
+method needs (``dynat.estimate.work_per_image``). Peak: the best of several large matrix products in the
+engine's precision, measured in the same run.
 
     python -m benchmarks.train_step --network resnet18 --batch 32 --method dynat_inner
     python -m benchmarks.train_step --costs            # every recipe's step relative to pgd_at
@@ -24,9 +22,9 @@ import torch
 from torch import nn
 
 from benchmarks.published import STEPS, Published
-from dynat import objectives
 from dynat.environment import fast_bf16
-from dynat.networks import build, multiply_adds
+from dynat.estimate import work_per_image
+from dynat.networks import build
 from dynat.params import load
 from dynat.recipes import Recipe
 from dynat.step import Batch, Engine
@@ -194,22 +192,6 @@ class Stopwatch:
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
-
-
-def work_per_image(engine: Engine, shape: tuple[int, int, int]) -> int:
-    """Multiply-adds that the method needs for one image, counted as the module's docstring says."""
-    recipe = engine.recipe
-    forwards = 2 * recipe.inner.steps + (recipe.inner.loss == "kl")
-    forwards += recipe.inner.mode == "train" and recipe.inner.steps > 0  # the published loss check
-    learning = objectives.needs_natural(recipe.outer) + engine.uses_adversary
-    forwards += 3 * learning + (len(engine.order) - learning) + engine.forwards_after
-    if recipe.awp is not None and engine.epoch >= recipe.awp.begin:
-        awp = recipe.awp.objective
-        forwards += 3 * (objectives.needs_natural(awp) + awp.reads_adversarial)
-    total = forwards * multiply_adds(engine.target, shape)
-    if engine.guide is not None:
-        total += 3 * multiply_adds(engine.guide, shape)
-    return total
 
 
 def matrix_peak(timed: Stopwatch, device: torch.device, precision: torch.dtype) -> float:

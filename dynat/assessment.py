@@ -16,10 +16,11 @@ from tqdm import tqdm
 from dynat import environment, parallel
 from dynat.checkpoint import ResumeStore, StopRequested, graceful_stop, resume_key, sha256, write_json
 from dynat.data import load
+from dynat.errors import UserError
 from dynat.evaluation import Evidence
 from dynat.params import Attack, AutoAttack, Machine
 from dynat.pieces import Pieces, StoppedError
-from dynat.results import load_network, write_results
+from dynat.results import load_network, trained_in, write_results
 from dynat.stage import INTERRUPTED, RunRecord, code_key
 from dynat.tracking import Tracker
 
@@ -64,6 +65,10 @@ def assess(record: RunRecord, spec: Attack | AutoAttack, machine: Machine, work:
     cell, device = record.cell, environment.device_of(machine)
     source, folder = Path("data", f"{cell.setting}.safetensors"), cell.path("models")
     data = load(source, device)
+    wanted = max(spec.n) if isinstance(spec, AutoAttack) else spec.n or 0
+    if wanted > len(data.test_images):
+        key, available = f"study.{cell.setting}.{record.kind}.n", len(data.test_images)
+        raise UserError(f"{key}: {wanted} is more than the {available} test images that there are")
     model = Model(folder, device, data.test_images, data.test_labels)
     model.network("target")  # now, to say in one line what is missing or damaged
     if parallel.rank() > 0:
@@ -145,6 +150,7 @@ def _lead(
             raise
         parallel.leave()
         header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": sha, **outcome.header}
+        header["trained_in"] = trained_in(model.folder / "target.safetensors")
         write_results(cell.path(f"metrics/{record.kind}"), header, outcome.found, outcome.more)
         logged = dict(outcome.accuracies)
         if outcome.sanity is not None:

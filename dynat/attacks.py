@@ -79,7 +79,7 @@ def cross_entropy(labels: Tensor) -> Loss:
     return lambda logits: F.cross_entropy(wide(logits), labels, reduction="sum")
 
 
-def divergence(natural_logits: Tensor) -> Loss:
+def kl_from(natural_logits: Tensor) -> Loss:
     """Sum of KL(softmax(natural_logits) || softmax(logits)), TRADES' inner objective."""
     target = F.softmax(wide(natural_logits.detach()), dim=1)
     return lambda logits: F.kl_div(F.log_softmax(wide(logits), dim=1), target, reduction="sum")

@@ -31,16 +31,17 @@ from dynat.verdicts import accuracy
 from dynat.workers import Say, share
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
+FEWEST_FOR_DLR = 4  # the targeted DLR loss of apgd-t reads the four largest logits
 SQUARE_GAIN = 0.002  # the package's own threshold for "Square attack improves on white-box attacks"
 
 
 def attack(model: Model, pieces: Pieces, spec: AutoAttack) -> Outcome:
     """Run the standard ensemble on the selected checkpoint of ``model``."""
-    count = min(max(spec.n), len(model.images))
+    count = max(spec.n)
     network, epoch = model.network("target")
     found, warnings = run(network, model.images[:count], model.labels[:count], spec, pieces)
     flags = found[STANDARD[-1]].robust.tolist()
-    union = {f"n{n}": accuracy(flags[:n]) for n in spec.n if n <= count}
+    union = {f"n{n}": accuracy(flags[:n]) for n in spec.n}
     precision = "fp32" if spec.precision == "fp32" else "mixed"
     return Outcome(
         {"best": found},
@@ -57,11 +58,13 @@ def run(
     """Attack ``network`` on uint8 ``images`` [n,C,H,W]; returns cumulative evidence and the warnings.
 
     The evidence "clean" and then one per attack of the standard ensemble: samples robust to it and to all
-    before it. Raises :class:`dynat.pieces.StoppedError` if ``pieces`` say so; the piece at hand is dropped
-    within a forward. On a CPU several chunks run at once.
+    before it. With fewer than four classes apgd-t is left out, which is a warning. Raises
+    :class:`dynat.pieces.StoppedError` if ``pieces`` say so; the piece at hand is dropped within a forward. On
+    a CPU several chunks run at once.
     """
     crafting = [fold(network)] if spec.precision == "fp32" else [mixed(network), fold(network)]
-    packages = [_package(each, spec, images.device) for each in crafting]
+    classes = predicted_classes(network, to_unit(images[:1]))
+    packages = [_package(each, spec, images.device, classes) for each in crafting]
     for each in crafting:  # copies of this run's own
         pieces.watch(each)
 
@@ -73,6 +76,10 @@ def run(
         steps: dict[str, Evidence] = {"clean": evidence}
         warnings: list[str] = []
         for attack in STANDARD:
+            if attack == "apgd-t" and classes < FEWEST_FOR_DLR:
+                steps[attack] = evidence
+                warnings.append(f"apgd-t needs four classes, here are {classes}: left out")
+                continue
             make = partial(_run_piece, network, packages, attack, x, y, evidence.robust, spec)
             piece = pieces.get(f"{attack} {first}-{first + len(x)}", make, say)
             evidence = steps[attack] = _add(evidence, piece)
@@ -80,7 +87,7 @@ def run(
         return {name: _shifted(each, first) for name, each in steps.items()}, warnings
 
     firsts = range(0, len(images), spec.batch)
-    pieces.expect(len(STANDARD) * len(firsts))
+    pieces.expect((len(STANDARD) - (classes < FEWEST_FOR_DLR)) * len(firsts))
     if images.device.type == "cpu" and spec.workers > 1 and parallel.size() == 1:
         work = [partial(chunk, first) for first in firsts]
         if not share(work, spec.workers, pieces.notify, pieces.stopped):
@@ -95,12 +102,20 @@ def run(
     return joined, warnings
 
 
-def _package(crafting: nn.Module, spec: AutoAttack, device: torch.device) -> Package:
+def _package(crafting: nn.Module, spec: AutoAttack, device: torch.device, classes: int) -> Package:
     package = Package(
         crafting, norm="Linf", eps=spec.epsilon, seed=spec.seed, version="standard", device=device
     )
+    for targeted in (package.apgd_targeted, package.fab):  # nine, where there are so many others
+        targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
     package.square = Square(package.square)
     return package
+
+
+@torch.no_grad()
+def predicted_classes(network: nn.Module, x: Tensor) -> int:
+    """How many classes the network tells apart, from its logits of images float32 [B,C,H,W]."""
+    return int(network(x).shape[1])
 
 
 def _run_piece(

@@ -63,7 +63,7 @@ def paper_table(number: int, params: Params, results: Results, cells: Cells) -> 
         table.rows.append([Entry(), Entry("here", sanity)])
         for column, cell in found.items():
             source = (f"{row.key}/{column}", cell) if cell else None
-            table.rows[-1].append(entry(source, usual[column], params))
+            table.rows[-1].append(entry(source, column, usual, params))
         if any(found.values()):
             gaps = [Entry(cell.extra["difference"] if cell else "") for cell in found.values()]
             table.rows.append([Entry(), Entry("difference"), *gaps])
@@ -88,11 +88,11 @@ def _lead(own: list[PaperRow], params: Params, usual: dict[str, Circumstances], 
     if missing:
         methods = ", ".join(dict.fromkeys(row.method for row in missing))
         which = "of its rows" if len(missing) == len(own) else f"of {methods}"
-        lead += f" Nothing {which} is both selected and run; `{_command(missing)}` runs them."
+        lead += f" Nothing {which} is both selected and run; `{command(missing)}` runs them."
     return lead
 
 
-def _command(missing: list[PaperRow]) -> str:
+def command(missing: list[PaperRow]) -> str:
     """What selects and runs rows of the paper; its own methods are the variants, the others baselines."""
     lists = {
         "settings": [row.setting for row in missing],

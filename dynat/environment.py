@@ -9,10 +9,14 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
 from importlib.metadata import version
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from dynat.params import Machine, UserError
+from dynat.errors import UserError
+from dynat.params import Machine
+from dynat.recipes import Train
 
 if TYPE_CHECKING:
     import torch
@@ -67,8 +71,10 @@ def device_of(machine: Machine) -> "torch.device":
 def compiler(key: str, device: "torch.device") -> str:
     """The version of the compiler that ``torch.compile`` calls: C++ for a CPU, C (by Triton) for CUDA.
 
-    Raises :class:`UserError`, naming ``key``, if there is none.
+    Raises :class:`UserError`, naming ``key``, if there is none or it would not find Python's headers.
     """
+    if not Path(sysconfig.get_path("include"), "Python.h").exists():
+        raise UserError(f"{key}: Python.h is not here; install Python's headers or set {key}=false")
     variable, names = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++"])
     if device.type == "cpu" and sys.platform == "darwin":
         names = ["clang++"]
@@ -81,6 +87,14 @@ def compiler(key: str, device: "torch.device") -> str:
         f"{key}: found no compiler {' or '.join(given[:1] or names)}; install one, name one in {variable}, "
         f"or set {key}=false"
     )
+
+
+def precision_of(train: Train, device: "torch.device") -> "torch.dtype":
+    """The type of a training's matrix products there: ``auto`` is bfloat16 where the device is fast at it."""
+    import torch
+
+    bf16 = train.precision == "bf16" or (train.precision == "auto" and fast_bf16(device))
+    return torch.bfloat16 if bf16 else torch.float32
 
 
 def fast_bf16(device: "torch.device") -> bool:

@@ -2,9 +2,11 @@
 
 Evaluation is float32 in eval mode. Constants and freezing as in the published evaluator (methods.md 3.4):
 a sample stays where it is as soon as it is misclassified, so it needs no further forward, and PGD-10, -20,
--50 and -100 are read off one trajectory. A sample's random start depends on (seed, its index) alone:
-verdicts do not depend on the batch size. Gradients are those of the folded network (``dynat.folding``), and
-no sample counts as broken before the network itself, as stored, misclassifies its image.
+-50 and -100 are read off one trajectory. Unlike there, a sample that is wrong when clean counts as broken by
+every attack; the published one starts from its noisy image, which may happen to be right. A sample's random
+start depends on (seed, its index) alone: verdicts do not depend on the batch size. Gradients are those of the
+folded network (``dynat.folding``), and no sample counts as broken before the network itself, as stored,
+misclassifies its image.
 """
 
 import hashlib
@@ -122,7 +124,7 @@ def _attack_batch(
         ):
             add("cw", adversarial, robust)
     if "apgd-ce" in which:
-        adversarial = apgd(crafting, x, y, spec)
+        adversarial = apgd(crafting, x, y, sample_noise(x, spec.seed, first + where), spec)
         add("apgd-ce", adversarial, predict(network, adversarial) == y)
     return found
 
@@ -185,8 +187,14 @@ class _Verdict:
         return self.robust
 
 
-def apgd(network: nn.Module, x: Tensor, y: Tensor, spec: Attack) -> Tensor:
-    """APGD on the cross entropy, one restart (Croce and Hein 2020), the APGD column of Table 4."""
+def apgd(network: nn.Module, x: Tensor, y: Tensor, noise: Tensor, spec: Attack) -> Tensor:
+    """APGD on the cross entropy, one restart (Croce and Hein 2020), the APGD column of Table 4.
+
+    Its start is the package's, from ``noise`` in [0,1) instead of draws that depend on the batch. Returns
+    for each sample a misclassified iterate, or the start if there was none.
+    """
+    if not len(x):
+        return x
     attack = APGDAttack(
         network,
         n_iter=spec.apgd_steps,
@@ -197,7 +205,10 @@ def apgd(network: nn.Module, x: Tensor, y: Tensor, spec: Attack) -> Tensor:
         loss="ce",
         device=x.device,
     )
-    return attacks.project(attack.perturb(x, y), x, spec.epsilon) if len(x) else x
+    attack.init_hyperparam(x)
+    start = x + spec.epsilon * attack.normalize(2 * noise - 1)
+    *_, adversarial = attack.attack_single_run(x, y, x_init=start)
+    return attacks.project(adversarial, x, spec.epsilon)
 
 
 @torch.no_grad()

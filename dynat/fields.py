@@ -9,6 +9,7 @@ from typing import Annotated, Any, get_args
 
 from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, WrapValidator
 
+LARGEST = 1e30  # what a float32 holds with room to multiply
 FRACTION = re.compile(r"\s*([^/\s]+)\s*/\s*([^/\s]+)\s*")
 
 
@@ -31,6 +32,8 @@ def number(value: object) -> float:
         value = math.inf
     if not math.isfinite(value):
         raise ValueError("must be a finite number")
+    if abs(value) > LARGEST:
+        raise ValueError(f"must be at most {LARGEST:g} in size")
     return value
 
 
@@ -60,6 +63,7 @@ Unit = Annotated[Number, Field(ge=0, le=1)]
 Whole = Annotated[int, BeforeValidator(whole)]
 Count = Annotated[Whole, Field(ge=1)]
 Index = Annotated[Whole, Field(ge=0)]
+Seed = Annotated[Whole, Field(ge=0, lt=2**32)]  # as scikit-learn takes them
 ByEpoch = WrapValidator(_distinct_keys)
 Flag = Annotated[bool, Field(strict=True)]
 Text = Annotated[str, Field(strict=True, min_length=1)]

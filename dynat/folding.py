@@ -11,7 +11,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
-from dynat.networks import BasicBlock, PreActBlock, WideBlock
+from dynat.networks import BasicBlock, PixelConv, PreActBlock, WideBlock
 
 Place = tuple[nn.Module, str]  # a module and the name of its child
 
@@ -63,16 +63,12 @@ def _folded(conv: nn.Conv2d, norm: nn.BatchNorm2d) -> nn.Conv2d:
 def mixed(network: nn.Module) -> nn.Module:
     """The folded network with convolutions and linear layers in bfloat16; logits are float32.
 
-    The first convolution stays in float32: bfloat16 resolves pixels to 1/256 only, more than the last steps
-    of an attack.
+    The convolution that reads the pixels computes in float32 (``networks.PixelConv``).
     """
     network = fold(network)
-    first = True
-    for owner in list(network.modules()):
-        for name, layer in list(owner.named_children()):
-            if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                setattr(owner, name, _Wide(layer) if first else layer.to(torch.bfloat16))
-                first = False
+    for layer in network.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)) and not isinstance(layer, PixelConv):
+            layer.to(torch.bfloat16)
     return _Autocast(network).eval()
 
 
@@ -87,15 +83,3 @@ class _Autocast(nn.Module):
         with torch.autocast(x.device.type, torch.bfloat16):
             logits = self.network(x)
         return logits.float()
-
-
-class _Wide(nn.Module):
-    """A layer in its own precision in the midst of autocast."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
-            return self.layer(x)

@@ -1,7 +1,8 @@
 """A network as the inner loop sees it: eval mode and constant weights, so it can be simplified once a step.
 
 Batch norm in eval mode is an affine map; where it directly follows a convolution of the same block it is
-folded into its weights. Weights are held in the compute precision, so that no forward casts them.
+folded into its weights. Weights are held in the compute precision, so that no forward casts them; those
+that read the pixels stay in float32 (``networks.PixelConv``).
 """
 
 import copy
@@ -12,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.nn.modules.batchnorm import _BatchNorm
+
+from dynat.networks import PixelConv
 
 
 class Pair(NamedTuple):
@@ -48,6 +51,8 @@ class Frozen:
         reversible = dtype == torch.bfloat16 and example.device.type == "cpu"
         self.reversed: list[_Reversible] = []
         for name, module in list(self.copy.named_modules()):
+            if isinstance(module, PixelConv):
+                continue
             if isinstance(module, (nn.Conv2d, nn.Linear)) and dtype != torch.float32:
                 module.to(dtype)
             if reversible and isinstance(module, nn.Conv2d) and _keeps_size(module):

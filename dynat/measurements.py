@@ -181,6 +181,8 @@ def _measure(
     caveats = [f"AutoAttack warned: {warning}" for warning in metrics.get("warnings", ())]
     if metrics.get("precision", "fp32") == "mixed":
         caveats.append("attack crafted in bf16, every success verified in fp32")
+    if metrics.get("trained_in", "fp32") == "bf16":
+        caveats.append("trained in bf16, the paper in fp32")
     measured = {}
     for column, (block, entry, checkpoint, attack) in entries.items():
         stated, evidence = metrics[block][entry], verdicts[checkpoint][attack]

@@ -56,7 +56,7 @@ def resnet(
     """
     _require_stages(blocks, strides)
     stem: Layers = {
-        "conv1": _conv(in_channels, width, 3),
+        "conv1": PixelConv(in_channels, width),
         "bn1": nn.BatchNorm2d(width),
         "relu": nn.ReLU(inplace=True),
     }
@@ -76,7 +76,7 @@ def preact_resnet(
     Options and initialisation as for `resnet`.
     """
     _require_stages(blocks, strides)
-    stem: Layers = {"conv1": _conv(in_channels, width, 3)}
+    stem: Layers = {"conv1": PixelConv(in_channels, width)}
     stages, channels = _stages(PreActBlock, blocks, strides, width)
     final: Layers = {"bn": nn.BatchNorm2d(channels), "relu": nn.ReLU(inplace=True)}
     return stem | stages | final | _head("linear", channels, num_classes)
@@ -95,7 +95,7 @@ def wrn(
         raise UserError(f"depth is {depth}: a WideResNet needs 6 n + 4, such as 10, 16, 28 or 34")
     n = (depth - 4) // 6
     c0, c1, c2, c3 = 16, 16 * widen, 32 * widen, 64 * widen
-    layers: Layers = {"conv1": _conv(in_channels, c0, 3)}
+    layers: Layers = {"conv1": PixelConv(in_channels, c0)}
     layers["block1"] = nn.Sequential(OrderedDict(layer=_stage(WideBlock, n, c0, c1, 1)))
     if sub_block1:
         layers["sub_block1"] = Uncalled(_stage(WideBlock, n, c0, c1, 1))
@@ -119,7 +119,8 @@ def cnn(num_classes: int, in_channels: int, width: int = 16, depth: int = 2, ste
     channels = [in_channels, *(width * 2**i for i in range(depth))]
     layers: Layers = {}
     for i, (c_in, c_out) in enumerate(pairwise(channels), start=1):
-        layers[f"conv{i}"] = _conv(c_in, c_out, 3, stride=stem_stride if i == 1 else 2)
+        first = i == 1
+        layers[f"conv{i}"] = PixelConv(c_in, c_out, stem_stride) if first else _conv(c_in, c_out, 3, stride=2)
         layers[f"bn{i}"] = nn.BatchNorm2d(c_out)
         layers[f"relu{i}"] = nn.ReLU(inplace=True)
     return layers | _head("linear", channels[-1], num_classes)
@@ -159,6 +160,25 @@ def multiply_adds(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     with torch.no_grad():
         model(torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
     return total
+
+
+class PixelConv(nn.Conv2d):
+    """The 3x3 convolution that reads the pixels: it computes in float32 under autocast too.
+
+    bfloat16 keeps 8 bits of a pixel, 1/256 of it: more than the random start of a KL attack (0.001) and the
+    last steps of any. Its output has the type that autocast asks for, as any convolution's.
+    """
+
+    def __init__(self, c_in: int, c_out: int, stride: int = 1) -> None:
+        super().__init__(c_in, c_out, 3, stride=stride, padding=1, bias=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, c_in, H, W) to (N, c_out, H / stride, W / stride)."""
+        device = x.device.type
+        if not torch.amp.is_autocast_available(device) or not torch.is_autocast_enabled(device):
+            return super().forward(x)
+        with torch.autocast(device, enabled=False):
+            return super().forward(x).to(torch.get_autocast_dtype(device))
 
 
 class Normalize(nn.Module):

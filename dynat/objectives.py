@@ -85,11 +85,6 @@ def target_loss(
     return loss
 
 
-def needs_natural(objective: Objective) -> bool:
-    """Whether the objective reads the target's logits on natural images."""
-    return objective.natural_ce or objective.beta > 0
-
-
 def instance_weights(
     rule: Weights, epoch: int, *, kappa: Tensor | None, steps: int, adversarial: Tensor, labels: Tensor
 ) -> Tensor | None:

@@ -20,8 +20,9 @@ from dynat.fields import (
     Model,
     Name,
     NonNegative,
+    Number,
+    Seed,
     Text,
-    Unit,
     describe,
     meant,
     shown,
@@ -31,6 +32,7 @@ from dynat.recipes import Recipe, Train, rescale, with_overrides
 CLASSES = {"digits": 10, "cifar10": 10, "cifar100": 100}
 SHAPES = {"digits": (1, 8, 8), "cifar10": (3, 32, 32), "cifar100": (3, 32, 32)}
 TRAINING_IMAGES = {"digits": 1797, "cifar10": 50_000, "cifar100": 50_000}  # digits: with the test images
+RESNET18 = (2, 2, 2, 2)  # blocks per stage where none are given
 TEST_IMAGES = {"cifar10": 10_000, "cifar100": 10_000}
 
 
@@ -46,7 +48,7 @@ class DataSpec(Model):
     train: Count | None = None  # first n training images; null: all
     test: Count | None = None  # first n test images (digits: the size of the test split); null: all
     validation: Index = 0  # images held out of the training set, for choosing the checkpoint
-    split_seed: Index = 0
+    split_seed: Seed = 0
 
     @model_validator(mode="after")
     def _complete(self) -> "DataSpec":
@@ -115,8 +117,8 @@ class Network(Model):
         for key in self.options:
             if key not in own:
                 raise ValueError(f"{key}: name={self.name} takes only {', '.join(sorted(own))}")
-        if self.blocks and self.strides and len(self.blocks) != len(self.strides):
-            raise ValueError("strides: must have one entry per entry of blocks")
+        if len(self.blocks or RESNET18) != len(self.strides or RESNET18):
+            raise ValueError("strides: must have one entry per entry of blocks (by default 4)")
         if self.name == "wrn" and ((self.depth or 34) - 4) % 6:
             raise ValueError("depth: a WideResNet's depth is 6k + 4 (34, 28, 16, 10)")
         return self
@@ -127,26 +129,29 @@ class Network(Model):
         return self.model_dump(exclude={"name"}, exclude_none=True)
 
 
+Radius = Annotated[Number, Field(gt=0, le=1)]  # of an attack on images in [0,1]
+
+
 class Attack(Model):
     """The attacks of an evaluation (methods.md 3.4)."""
 
-    epsilon: Unit
-    step: Unit
-    pgd: list[Count]  # PGD-k for each k
+    epsilon: Radius
+    step: Radius
+    pgd: Annotated[list[Count], Field(min_length=1)]  # PGD-k for each k
     cw_steps: Count = 20
     apgd_steps: Count = 100
     n: Count | None = None  # first n test images; null: all
     batch: Count = 200
-    seed: Index = 0
+    seed: Seed = 0
 
 
 class AutoAttack(Model):
     """AutoAttack standard; accuracies are reported on the first k test images for each k in n."""
 
-    epsilon: Unit
+    epsilon: Radius
     n: Annotated[list[Count], Field(min_length=1)]
     batch: Count = 200  # also the size of a resumable chunk
-    seed: Index = 0
+    seed: Seed = 0
     workers: Count = 1  # processes on a CPU; no verdict depends on it
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: crafted in bf16, every success verified in fp32
 
@@ -180,6 +185,12 @@ class Study(Model):
         for key, (count, available, part) in wanted.items():
             if available is not None and count > available:
                 raise ValueError(f"{key}: {count} is more than the {available} {part} images")
+        if shape := self.data.image_shape:
+            channels, *sides = shape
+            if self.train.pad >= min(sides):
+                raise ValueError(f"train.pad: must be below {min(sides)}, the side of an image")
+            if self.train.mean is not None and len(self.train.mean) != channels:
+                raise ValueError(f"train.mean: must have {channels} entries, one per channel of an image")
         return self
 
     @model_validator(mode="after")
@@ -199,7 +210,7 @@ class Params(Model):
     settings: Annotated[list[Name], Field(min_length=1)]
     baselines: list[Name]
     variants: list[Name]
-    seeds: Annotated[list[Index], Field(min_length=1)]
+    seeds: Annotated[list[Seed], Field(min_length=1)]
     alpha: NonNegative | None = None
     launch: Text = "python"
     study: dict[Name, Study]
@@ -214,6 +225,8 @@ class Params(Model):
                     raise ValueError(f"{key}: unknown {name!r}{meant(name, known)}")
                 if chosen.count(name) > 1:
                     raise ValueError(f"{key}: {name!r} stands there twice")
+        if not self.baselines and not self.variants:
+            raise ValueError("baselines: must name a method, since variants is empty too")
         if len(set(self.seeds)) < len(self.seeds):
             raise ValueError("seeds: the same seed stands there twice")
         for name in self.variants:

@@ -60,6 +60,11 @@ class Objective(Model):
     kl: Literal["plain", "mart"] = "plain"  # mart: each sample weighted by 1 - p_nat[label]
 
     @property
+    def reads_natural(self) -> bool:
+        """Whether a term is on that reads the target's logits on natural images."""
+        return self.natural_ce or self.beta > 0
+
+    @property
     def reads_adversarial(self) -> bool:
         """Whether a term is on that reads the adversarial examples."""
         return self.adversarial != "none" or self.beta > 0
@@ -106,7 +111,7 @@ class BatchNorm(Model):
     """
 
     target: list[Literal["natural", "adversarial", "natural_after"]] | None = None
-    guide: Index = 1
+    guide: Count = 1
 
 
 class Schedule(Model):
@@ -176,8 +181,7 @@ def _contradictions(recipe: Recipe) -> list[str]:
         and inner.steps == 0,
         "smoothing.target: no cross entropy of the target to smooth": recipe.smoothing.target > 0
         and outer.adversarial != "ce",
-        "batch_norm.target: no term uses adversarial examples to forward": not robust
-        and "adversarial" in (recipe.batch_norm.target or []),
+        **_running_statistics(recipe),
         **_without_guide(recipe),
         **_beyond_the_end(recipe),
     }
@@ -193,6 +197,19 @@ def _contradictions(recipe: Recipe) -> list[str]:
             awp.labels == "guide" and not awp.objective.uses_label
         )
     return [reason for reason, wrong in checks.items() if wrong]
+
+
+def _running_statistics(recipe: Recipe) -> dict[str, bool]:
+    """Forwards that cannot be, and those of the loss that would leave no trace in the statistics."""
+    outer, target = recipe.outer, recipe.batch_norm.target
+    checks = {
+        "batch_norm.target: no term uses adversarial examples to forward": "adversarial" in (target or ())
+        and not outer.reads_adversarial
+    }
+    for name, needed in (("natural", outer.reads_natural), ("adversarial", outer.reads_adversarial)):
+        reason = f"batch_norm.target: outer forwards {name} images, so {name} must be in the list"
+        checks[reason] = needed and target is not None and name not in target
+    return checks
 
 
 def _without_guide(recipe: Recipe) -> dict[str, bool]:
@@ -220,6 +237,7 @@ def _beyond_the_end(recipe: Recipe) -> dict[str, bool]:
         "awp.begin": recipe.awp.begin if recipe.awp else 0,
         "weights.begin": recipe.weights.begin if recipe.weights.rule != "uniform" else 0,
         "inner.stop.budget": max(recipe.inner.stop.budget, default=0) if recipe.inner.stop else 0,
+        "inner.stop.ramp_until": recipe.inner.stop.ramp_until - 1 if recipe.inner.stop else 0,
     }
     hint = "study.<setting>.train.epochs scales both"
     return {

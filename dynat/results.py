@@ -32,6 +32,11 @@ def load_network(path: Path, device: torch.device) -> tuple[nn.Module, int]:
     return network.to(device).to(memory_format=torch.channels_last).eval(), epoch
 
 
+def trained_in(path: Path) -> str:
+    """The precision in which the weights of a file were trained, "fp32" or "bf16"."""
+    return load_weights(path)[1].get("precision", "fp32")
+
+
 def write_results(
     base: Path, header: dict[str, Any], found: dict[str, dict[str, Evidence]], extra: dict[str, Any]
 ) -> None:

@@ -69,7 +69,10 @@ def prepare(spec: DataSpec, destination: Path, section: str = "data") -> dict[st
         name = cast(str, spec.archive)
         root = os.environ.get("DVC_ROOT")
         downloads = Path(root, "data") if root else destination.parent
-        archive = fetch(name, spec.md5, spec.sha256, spec.mirrors, downloads / name)
+        try:
+            archive = fetch(name, spec.md5, spec.sha256, spec.mirrors, downloads / name)
+        except UserError as error:
+            raise UserError(f"{section}.archive: {error}") from None
         source = (
             _image_folder(archive, spec) if spec.source == "image_folder" else _cifar(archive, spec.source)
         )

@@ -68,8 +68,9 @@ class Engine:
             weight_decay=schedule.weight_decay,
         )
         self.device = next(target.parameters()).device
+        self.set_epoch(0)
         self.uses_adversary = recipe.outer.reads_adversarial
-        needs_natural = objectives.needs_natural(recipe.outer)
+        needs_natural = recipe.outer.reads_natural
         forwards: list[str] = list(recipe.batch_norm.target or ())
         if recipe.batch_norm.target is None:
             forwards = ["natural"] * needs_natural + ["adversarial"] * self.uses_adversary
@@ -158,14 +159,14 @@ class Engine:
         """Train-mode logits on x (or None) and x'; a forward that only moves statistics keeps no graph."""
         logits: dict[str, Tensor] = {}
         for name in self.order:
-            only_statistics = name == "natural" and not objectives.needs_natural(self.recipe.outer)
+            only_statistics = name == "natural" and not self.recipe.outer.reads_natural
             with (
                 statistics(self.target, self.momenta[name], self.updates[name]),
                 self._autocast(),
                 torch.set_grad_enabled(not only_statistics),
             ):
                 logits[name] = self.target(images if name == "natural" else adversarial)
-        return logits.get("natural"), logits.get("adversarial", logits.get("natural"))  # type: ignore[return-value]
+        return logits.get("natural"), logits[self.order[-1]]
 
     def _attack(self, batch: Batch, labels: Tensor, dynamic: Tensor) -> tuple[Tensor, Tensor | None]:
         """The inner maximisation: x' and, for GAIRAT, the number of correct iterates per sample."""
@@ -180,7 +181,7 @@ class Engine:
 
         if inner.loss == "kl":
             with torch.no_grad():
-                loss = attacks.divergence(forward(images))
+                loss = attacks.kl_from(forward(images))
         else:
             loss = attacks.cross_entropy(dynamic if inner.loss == "ce_dynamic" else batch.truth)
         if inner.start == "uniform":
@@ -231,7 +232,7 @@ class Engine:
         if awp is None or self.epoch < awp.begin:
             return nullcontext()
         with statistics(self.target, 0.0, 0), self._autocast():  # the published proxy has its own buffers
-            natural = self.target(batch.images) if objectives.needs_natural(awp.objective) else None
+            natural = self.target(batch.images) if awp.objective.reads_natural else None
             reads = awp.objective.reads_adversarial
             logits = self.target(adversarial) if reads or natural is None else natural
         loss = objectives.target_loss(

@@ -173,7 +173,7 @@ def setting_tables(setting: str, params: Params, results: Results, cells: Cells)
         table.lead += circumstances_text(usual)
         for rank, method in enumerate(methods):
             label = Entry(method, failed_checks(results[setting, method]))
-            table.rows.append([label, *(entry(found[c][rank], usual[c], params) for c in columns)])
+            table.rows.append([label, *(entry(found[c][rank], c, usual, params) for c in columns)])
         if table is tables[0]:
             table.lead += f" All: mean of {', '.join(map(name, AVERAGED))}, as in the paper's Table 1."
             table.lead += subset_text(usual)
@@ -239,29 +239,41 @@ def _most(measured: list[Measurement], what: Callable[[Measurement], T]) -> T:
     return Counter(map(what, measured)).most_common(1)[0][0]
 
 
-def entry(found: tuple[str, Cell] | None, usual: Circumstances, params: Params) -> Entry:
-    """A number with a footnote for whatever sets it apart from its column."""
+def entry(
+    found: tuple[str, Cell] | None, column: str, usual: Mapping[str, Circumstances], params: Params
+) -> Entry:
+    """A number with a footnote for whatever sets it apart from its column.
+
+    The parts of an average are held against the columns of their own attacks.
+    """
     if found is None:
         return Entry()
     key, cell = found
     notes: dict[str, None] = {}
-    mixed = len({m.source.attack for m in cell.measurements}) > 1
-    for measurement in cell.measurements:
-        n, epsilon = measurement.source.n, measurement.epsilon
-        departures = {
-            f"on the first n = {n} test images, unlike the rest of the column": n != usual.n and not mixed,
-            f"ε = {radius(epsilon)}, unlike the rest of the column": epsilon != usual.epsilon and not mixed,
-            f"attack seed {measurement.attack_seed}, unlike the rest of the column": measurement.attack_seed
-            != usual.attack_seed
-            and not mixed,
-            **dict.fromkeys(other_code(measurement, usual), True),
-            **dict.fromkeys(measurement.caveats, True),
-        }
-        notes |= dict.fromkeys(note for note, applies in departures.items() if applies)
+    parts = AVERAGED if column == "all" else (column,)
+    for place, measurement in enumerate(cell.measurements):
+        part = parts[place % len(parts)]
+        departures = _departures(measurement, usual.get(part))
+        if column == "all":
+            departures = [f"{name(part)}: {each}" for each in departures]
+        others = other_code(measurement, usual[column])
+        notes |= dict.fromkeys([*departures, *others, *measurement.caveats])
     seeds = [str(m) for m in dict.fromkeys(m.source.seed for m in cell.measurements)]
     if len(seeds) < len(params.seeds):
         notes[f"training seed {', '.join(seeds)} only; the others have not been run"] = None
     return Entry(cell.printed.text, tuple(notes), key)
+
+
+def _departures(measurement: Measurement, usual: Circumstances | None) -> list[str]:
+    """In what a number is unlike the rest of its column; nothing where that column is not in the table."""
+    if usual is None:
+        return []
+    own = {
+        f"on the first n = {measurement.source.n} test images": measurement.source.n != usual.n,
+        f"ε = {radius(measurement.epsilon)}": measurement.epsilon != usual.epsilon,
+        f"attack seed {measurement.attack_seed}": measurement.attack_seed != usual.attack_seed,
+    }
+    return [f"{what}, unlike the rest of the column" for what, unlike in own.items() if unlike]
 
 
 def other_code(measurement: Measurement, usual: Circumstances) -> list[str]:

@@ -44,6 +44,9 @@ class Training:
         if train.batch > len(data.train_images):
             available = len(data.train_images)
             raise UserError(f"train.batch: {train.batch} is larger than the {available} training images")
+        side = min(data.train_images.shape[2:])
+        if train.pad >= side:
+            raise UserError(f"train.pad: {train.pad} must be below {side}, the side of an image")
         last = len(data.train_images) % train.batch or train.batch
         if last < parallel.size():
             raise UserError(
@@ -53,6 +56,11 @@ class Training:
         self.engine, self.train, self.data, self.seed = engine, train, data, seed
         self.recipe: Recipe = engine.recipe
         self.progress = Progress()
+
+    @property
+    def precision(self) -> str:
+        """The type of the matrix products, "fp32" or "bf16"."""
+        return "fp32" if self.engine.precision == torch.float32 else "bf16"
 
     def run(
         self,
@@ -126,6 +134,10 @@ class Training:
                 )
             if len(progress.trace) < TRACED_STEPS:
                 progress.trace.append({"target_loss": target_loss, "guide_loss": guide_loss})
+        for name, network in self.networks.items():  # the last step's loss was before its update
+            if not all(weights.isfinite().all() for weights in network.parameters()):
+                where = f"of the {name} is not finite after epoch {progress.epoch}"
+                raise DivergedError(f"a weight {where}; lower the learning rate")
         row = {
             "epoch": progress.epoch,
             "lr": self.engine.optimizer.lr,

@@ -1,5 +1,7 @@
 """Stage check: the whole of params.yaml is sound, before DVC removes any output of a later stage.
 
+Trainings of days on a CPU are refused here too, before their data is downloaded.
+
 Its output never changes, so nothing reruns because of it.
 """
 
@@ -18,6 +20,10 @@ def stage() -> None:
     program = next(iter(params.launch.split()), "")
     if which(program) is None:
         raise UserError(f"params.yaml: launch: {program!r} is not a program on this machine")
+    if any(params.study[setting].machine.device == "auto" for setting in params.settings):
+        from dynat.estimate import refuse_selected  # with torch
+
+        refuse_selected(params)
     write_atomically(Path("data/params.checked"), b"params.yaml is sound\n")
 
 

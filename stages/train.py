@@ -44,7 +44,9 @@ def stage() -> int:
     from dynat.estimate import refuse_days_on_cpu
 
     training, metadata, key = set_up(here)
-    refuse_days_on_cpu(here.setting, here.study.machine, training)
+    engine, images = training.engine, training.data.train_images
+    channels, height, width = images.shape[1:]
+    refuse_days_on_cpu(here.setting, here.study.machine, engine, (channels, height, width), len(images))
     with ResumeStore(key) as store, tracker:
         tracker.begin(store.token)
         if state := parallel.from_first(store.load()):
@@ -77,6 +79,7 @@ def stage() -> int:
         run_id = tracker.finish()
         record.write(
             **environment.record(training.engine.device),
+            precision=training.precision,
             processes=parallel.size(),
             resumed=store.resumed,
             model_sha256=model,
@@ -121,9 +124,7 @@ def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
         if spec is not None:
             networks[name], metadata[name] = _network(here, recipe, spec, data.train_images.shape[1])
             networks[name].to(device).to(memory_format=torch.channels_last)
-    precision = torch.float32
-    if study.train.precision == "bf16" or (study.train.precision == "auto" and environment.fast_bf16(device)):
-        precision = torch.bfloat16
+    precision = environment.precision_of(study.train, device)
     key = resume_key(
         {
             "recipe": recipe.model_dump_json(),
@@ -134,6 +135,7 @@ def set_up(here: Cell) -> tuple["Training", dict[str, str], str]:
             "code": code_key(),
             "processes": str(parallel.size()),
             "compiler": compiler,
+            "precision": str(precision),
             **environment.fingerprint(device),
         }
     )
@@ -167,7 +169,7 @@ def _write(folder: Path, training: "Training", metadata: dict[str, str]) -> None
             save_weights(
                 partial / f"{name}{suffix}.safetensors",
                 weights,
-                {"network": metadata[name], "epoch": str(epoch)},
+                {"network": metadata[name], "epoch": str(epoch), "precision": training.precision},
             )
     write_csv(partial / "history.csv", progress.history)
     write_csv(partial / "trace.csv", progress.trace)

@@ -191,13 +191,11 @@ def mart(run: Published, batch: Batch) -> tuple[Tensor, Tensor]:
 
 
 def mail(inner: str, begin: int) -> Step:
-    """MAIL-AT (inner ce), MAIL-TRADES (kl), DYNAT-MAIL-Inner (dynamic: all against the guide's label)."""
+    """MAIL-AT (inner ce) and MAIL-TRADES (kl)."""
 
     def step(run: Published, batch: Batch) -> tuple[Tensor, Tensor]:
-        t, g, x, y = run.t.eval(), run.g.train(), batch.images, batch.truth
-        z_g = g(x) if inner == "dynamic" else None
-        labels = y if z_g is None else z_g.argmax(1)
-        objective: Objective = (lambda z: kl(t(x), z)) if inner == "kl" else (lambda z: ce(z, labels))
+        t, x, y = run.t.eval(), batch.images, batch.truth
+        objective: Objective = (lambda z: kl(t(x), z)) if inner == "kl" else (lambda z: ce(z, y))
         x_adv = climb(t, objective, x, near(batch), 0.031, 0.007)
         t.train()
         if inner == "kl":
@@ -206,12 +204,11 @@ def mail(inner: str, begin: int) -> Step:
             natural_part, each, (slope, bias) = ce(z, y).mean(), 5 * kl(z, z_adv), (2, 0.0)
         else:
             z_adv = t(x_adv)
-            natural_part, each, (slope, bias) = NONE, ce(z_adv, labels), (10, -0.5)
-        weights = 3 * torch.sigmoid(slope * (margin(z_adv, labels) + bias)) if run.epoch >= begin else 1.0
+            natural_part, each, (slope, bias) = NONE, ce(z_adv, y), (10, -0.5)
+        weights = 3 * torch.sigmoid(slope * (margin(z_adv, y) + bias)) if run.epoch >= begin else 1.0
         of_target = natural_part + (weights * each).mean()
-        of_guide = NONE if z_g is None else ce(z_g, y).mean()
-        run.update(of_target + of_guide)
-        return of_target, of_guide
+        run.update(of_target)
+        return of_target, NONE
 
     return step
 
@@ -282,3 +279,72 @@ def friendly(run: Published, batch: Batch, y: Tensor | None) -> tuple[Tensor, Te
     of_target = ce(t.train()(torch.cat(done)), y).mean()
     run.update(of_target + of_guide)
     return of_target, of_guide
+
+
+def sat(run: Published, batch: Batch) -> tuple[Tensor, Tensor]:
+    """Rice's loop with the threshold on the difficulty rising from 0 to 1 over the first 100 epochs."""
+    t, x, y = run.t.train(), batch.images, batch.truth
+    threshold, frozen = min(1.0, run.epoch / 100), torch.zeros(len(x), dtype=torch.bool)
+    x_adv = anywhere(batch, 8 / 255)
+    for _ in range(10):
+        x_adv = x_adv.detach().requires_grad_()
+        z = t(x_adv)
+        frozen = frozen | (margin(z, y) > threshold)
+        (gradient,) = torch.autograd.grad(ce(z, y).mean(), x_adv)
+        moved = x_adv.detach() + 2 / 255 * gradient.sign()
+        moved = torch.min(torch.max(moved, x - 8 / 255), x + 8 / 255).clamp(0, 1)
+        x_adv = torch.stack([x_adv[i].detach() if frozen[i] else moved[i] for i in range(len(x))])
+    assert 0 < frozen.sum() < len(x)
+    t(x_adv)
+    of_target = ce(t(x_adv), y).mean()
+    run.update(of_target)
+    t(x)
+    return of_target, NONE
+
+
+def dynat_mail(dynamic: bool, mse: bool = False) -> Step:
+    """MAIL's process against the guide's label; ``mse``: on LBGAT's distance, without the unread forward."""
+
+    def step(run: Published, batch: Batch) -> tuple[Tensor, Tensor]:
+        t, g, x, y = run.t.eval(), run.g.train(), batch.images, batch.truth
+        x_adv = climb(t, lambda z: ce(z, g(x).argmax(1) if dynamic else y), x, near(batch), 0.031, 0.007)
+        t.train()
+        z_adv, z_g = t(x_adv), g(x)
+        if not mse:
+            t(x)
+        labels = z_g.argmax(1)
+        each = ((z_adv - z_g) ** 2).sum(1) / 3 if mse else ce(z_adv, labels)
+        weights = 3 * torch.sigmoid(10 * (margin(z_adv, labels) - 0.5)) if run.epoch >= 76 else 1.0
+        of_target, of_guide = (weights * each).mean(), ce(z_g, y).mean()
+        run.update(of_target + of_guide)
+        return of_target, of_guide
+
+    return step
+
+
+def dynat_gairat(dynamic: bool) -> Step:
+    """GAIRAT's process against the guide's label, which the target's cross entropy smooths by 0.2."""
+
+    def step(run: Published, batch: Batch) -> tuple[Tensor, Tensor]:
+        t, g, x, y = run.t.eval(), run.g.train(), batch.images, batch.truth
+        kappa = torch.zeros(len(x), dtype=torch.float64)
+
+        def objective(z: Tensor) -> Tensor:
+            against = g(x).argmax(1) if dynamic else y
+            return count_correct(against, kappa, lambda logits: ce(logits, against))(z)
+
+        x_adv = climb(t, objective, x, anywhere(batch, 0.2), 0.2, 0.05)
+        assert len(kappa.unique()) > 1
+        t.train()
+        z_adv, z_g = t(x_adv), g(x)
+        t(x)
+        weights = torch.ones(len(x), dtype=torch.float64)
+        if run.epoch >= 70:
+            weights = (1 + torch.tanh(-1 + 5 * (1 - 2 * kappa / 10))) / 2
+            weights = weights / weights.mean()
+        each = 0.8 * ce(z_adv, z_g.argmax(1)) - 0.2 * z_adv.log_softmax(1).mean(1)
+        of_target, of_guide = (weights * each).mean(), ce(z_g, y).mean()
+        run.update(of_target + of_guide)
+        return of_target, of_guide
+
+    return step

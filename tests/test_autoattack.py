@@ -72,6 +72,18 @@ def test_standard_is_the_four_attacks_with_their_published_counts() -> None:
     assert (package.fab.n_iter, package.fab.n_target_classes, package.square.n_queries) == (100, 9, 5000)
 
 
+@pytest.mark.parametrize("classes", [2, 3, 5])
+def test_own_data_may_have_fewer_classes_than_the_attack_has_targets(classes: int) -> None:
+    torch.manual_seed(0)
+    network = build("cnn", classes, 1, width=8, depth=1).eval()
+    truth = network(IMAGES / 255).argmax(1)
+    found, warnings = run(network, IMAGES, truth, small(8), pieces({}))
+    assert found["clean"].robust.all()
+    evidence = found["square"]
+    assert (network(evidence.images).argmax(1) != truth[evidence.indices]).all()
+    assert any("apgd-t needs four classes" in warning for warning in warnings) == (classes < 4)
+
+
 def test_finished_pieces_are_not_run_again_and_change_nothing(
     network: nn.Module, labels: Tensor, in_two_chunks: Any
 ) -> None:
@@ -141,7 +153,7 @@ def test_what_float32_does_not_confirm_is_attacked_again_in_float32(
     spec, x = small(8), IMAGES / 255
     wrong = nn.Sequential(network, nn.Flatten(1)).eval()
     wrong[1].register_forward_hook(lambda _, inputs, logits: logits.roll(1, 1))  # every verdict is wrong
-    liar, honest = (_package(each, spec, x.device) for each in (wrong, network))
+    liar, honest = (_package(each, spec, x.device, 10) for each in (wrong, network))
     everybody = torch.ones(8, dtype=torch.bool)
     alone, expected, found = (
         _run_piece(network, packages, "apgd-ce", x, labels, everybody, spec)

@@ -109,6 +109,24 @@ def test_a_pair_of_stages_differs_only_in_its_list_and_in_alpha(name: str) -> No
 # --------------------------------------------------------------------- everything selected, expanded by DVC
 
 
+def test_the_readme_shows_the_numbers_of_the_digits_table() -> None:
+    rows = {name: table_rows(ROOT / name) for name in ("README.md", "metrics/tables/digits.md")}
+    shown, made = rows["README.md"], rows["metrics/tables/digits.md"]
+    assert len(shown) == len(made) > 5
+    for row in shown:
+        (own,) = (each for each in made if each["Method"] == row["Method"])
+        assert row.items() <= own.items()
+
+
+def table_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a file's first Markdown table of methods, by heading."""
+    text = path.read_text(encoding="utf-8")
+    table = re.search(r"^\| Method .*\n(?:\|.*\n)+", text, re.MULTILINE)
+    assert table is not None
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
 @pytest.fixture(scope="module")
 def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
     """A repository whose params.yaml selects every setting and recipe, and two seeds."""

@@ -4,15 +4,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor
 
-from dynat.data import Splits
 from dynat.errors import UserError
-from dynat.estimate import multiply_adds_per_image, refuse_days_on_cpu
+from dynat.estimate import refuse_days_on_cpu, refuse_selected, work_per_image
 from dynat.networks import build
 from dynat.params import Params, load
 from dynat.step import Engine
-from dynat.training import Training
 
 ROOT = Path(__file__).parents[1]
 
@@ -20,10 +17,6 @@ ROOT = Path(__file__).parents[1]
 @pytest.fixture(scope="module")
 def params() -> Params:
     return load(ROOT / "params.yaml")
-
-
-def images(count: int) -> Tensor:
-    return torch.zeros(1, 3, 32, 32, dtype=torch.uint8).expand(count, -1, -1, -1)
 
 
 def engine(params: Params, setting: str, method: str) -> Engine:
@@ -34,11 +27,8 @@ def engine(params: Params, setting: str, method: str) -> Engine:
 
 
 def refuse(params: Params, setting: str, count: int, **changes: str) -> None:
-    study = params.study[setting]
-    nothing = torch.zeros(0, dtype=torch.uint8)
-    data = Splits(images(count), *[nothing] * 5, classes=())
-    training = Training(engine(params, setting, "dynat"), study.train, data, seed=0)
-    refuse_days_on_cpu(setting, study.machine.model_copy(update=changes), training)
+    machine = params.study[setting].machine.model_copy(update=changes)
+    refuse_days_on_cpu(setting, machine, engine(params, setting, "dynat"), (3, 32, 32), count)
 
 
 def test_a_training_of_days_on_a_cpu_is_refused_with_the_days_and_the_switch_that_insists(
@@ -63,5 +53,37 @@ def test_a_folder_of_images_is_measured_by_what_lies_in_it(params: Params) -> No
 
 
 def test_work_of_pgd_at_on_resnet18_is_the_hand_count(params: Params) -> None:
-    pgd_at = engine(params, "cifar10_resnet18", "pgd_at")  # 10 inner steps of two, a training step of three
-    assert multiply_adds_per_image(pgd_at, (3, 32, 32)) == pytest.approx(23 * 0.556e9, rel=0.01)
+    """Ten inner steps of two, the loss check, a training step of three, the logging forward."""
+    pgd_at = engine(params, "cifar10_resnet18", "pgd_at")
+    assert work_per_image(pgd_at, (3, 32, 32)) == pytest.approx(25 * 0.556e9, rel=0.01)
+
+
+def test_work_of_natural_training_is_one_forward_and_its_backward(params: Params) -> None:
+    natural = engine(params, "cifar10_resnet18", "natural")
+    assert work_per_image(natural, (3, 32, 32)) == pytest.approx(3 * 0.556e9, rel=0.01)
+
+
+@pytest.fixture
+def without_accelerator(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+
+
+def selected(params: Params, **changes: list[str]) -> Params:
+    return params.model_copy(update={"baselines": ["pgd_at"], "variants": [], **changes})
+
+
+@pytest.mark.usefixtures("without_accelerator")
+def test_a_selected_training_of_days_is_refused_before_its_data_is_there(
+    params: Params, tmp_path: Path
+) -> None:
+    with pytest.raises(UserError, match="cifar10_resnet18: no accelerator here"):
+        refuse_selected(selected(params, settings=["digits", "cifar10_resnet18"]), tmp_path)
+    refuse_selected(selected(params, settings=["digits", "cifar10_tiny"]), tmp_path)
+
+
+@pytest.mark.usefixtures("without_accelerator")
+def test_a_training_that_is_there_may_be_evaluated_on_a_cpu(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "cifar10_resnet18" / "pgd_at" / "0").mkdir(parents=True)
+    refuse_selected(selected(params, settings=["cifar10_resnet18"]), tmp_path)
+    with pytest.raises(UserError, match="days"):
+        refuse_selected(selected(params, settings=["cifar10_resnet18"], variants=["dynat"]), tmp_path)

@@ -71,12 +71,14 @@ def test_training_mode_is_refused() -> None:
 @pytest.mark.parametrize(("options", "left"), FAMILIES)
 def test_mixed_network_computes_in_bf16_and_answers_in_float32(options: dict[str, Any], left: int) -> None:
     network = trained(options)
-    twin, seen = mixed(network), []
+    twin, seen, weights = mixed(network), [], []
     for module in twin.modules():
         if isinstance(module, (nn.Conv2d, nn.Linear)):
             module.register_forward_hook(lambda _, inputs, output: seen.append(output.dtype))
+            weights.append(module.weight.dtype)
     logits, expected = twin(IMAGES), network(IMAGES)
     assert logits.dtype == torch.float32
-    assert seen[0] == torch.float32  # pixels are not rounded to 1/256
-    assert set(seen[1:]) == {torch.bfloat16}
+    assert set(seen) == {torch.bfloat16}
+    assert weights[0] == torch.float32  # the layer that reads the pixels
+    assert set(weights[1:]) == {torch.bfloat16}
     assert 0 < (logits - expected).abs().max() < 0.05 * expected.abs().max()

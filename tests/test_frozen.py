@@ -50,6 +50,12 @@ def values(function: Any, x: Tensor) -> tuple[Tensor, Tensor]:
     return logits.detach(), gradient
 
 
+def distance(mine: Tensor, other: Tensor) -> float:
+    """Relative distance of an ordinary sample: where rounding turns a ReLU, a gradient is far off."""
+    apart, size = (mine - other).flatten(1).norm(dim=1), other.flatten(1).norm(dim=1)
+    return (apart / size).median().item()
+
+
 def half(function: Any) -> Any:
     """The function under bfloat16 autocast."""
 
@@ -91,15 +97,15 @@ def test_the_copy_shares_no_memory_with_the_network_and_asks_for_no_weight_gradi
 @pytest.mark.parametrize("name", NETWORKS)
 def test_in_bfloat16_the_folded_network_is_as_near_to_the_exact_one_as_the_network_itself(name: str) -> None:
     exact = lived_in(name)
-    network, x = copy.deepcopy(exact).float(), torch.rand(8, 3, 8, 8)
+    network, x = copy.deepcopy(exact).float(), torch.rand(64, 3, 8, 8)
     folded = Frozen(network, x[:1], torch.bfloat16)
-    assert any(isinstance(module, _Reversible) for module in folded.copy.modules())
+    reversible = any(isinstance(module, _Reversible) for module in folded.copy.modules())
+    assert reversible == (name != "cnn")  # whose layers all have a stride or read the pixels
 
     expected = values(exact, x.double())
     for mine, own, truth in zip(values(half(folded), x), values(half(network), x), expected, strict=True):
-        error, reference = (mine - truth).norm(), (own - truth).norm()
-        assert error < 5 * reference
-        assert error < 0.1 * truth.norm()
+        assert distance(mine, truth) < 2 * distance(own, truth)
+        assert distance(mine, truth) < 0.03
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -138,14 +144,14 @@ def test_a_compiled_inner_loop_gives_the_same_weights_also_on_a_smaller_last_bat
 @COMPILES
 @pytest.mark.slow
 def test_compiled_in_bfloat16_a_network_has_the_logits_and_gradients_that_it_has_uncompiled() -> None:
-    network, x = lived_in("wrn").float(), torch.rand(8, 3, 8, 8)
+    network, x = lived_in("wrn").float(), torch.rand(64, 3, 8, 8)
     folded, compiled = (Frozen(network, x[:1], torch.bfloat16) for _ in range(2))
     counters.clear()
     torch._dynamo.reset()
     compiled.copy.compile(dynamic=False, fullgraph=True)
 
     for mine, own in zip(values(half(compiled), x), values(half(folded), x), strict=True):
-        assert (mine - own).norm() < 0.05 * own.norm()
+        assert distance(mine, own) < 0.03
     assert counters["stats"]["unique_graphs"] == 1
 
 
@@ -163,3 +169,6 @@ def test_without_the_compiler_of_the_device_a_compiled_training_is_refused_by_it
         compiler("some.key", torch.device("cpu"))
     monkeypatch.setenv("CXX", "clang++ -O1")
     assert compiler("key", torch.device("cpu")) == "clang version 1"
+    monkeypatch.setattr(sysconfig, "get_path", lambda name: str(tmp_path))
+    with pytest.raises(UserError, match=r"^some\.key: Python\.h is not here; .* set some\.key=false$"):
+        compiler("some.key", torch.device("cpu"))

@@ -232,6 +232,20 @@ def test_mean_and_std_follow_the_network_to_another_type() -> None:
     assert {b.dtype for b in net.buffers() if b.is_floating_point()} == {torch.float64}
 
 
+@pytest.mark.parametrize("name", SMALL)
+def test_no_pixel_is_rounded_under_bfloat16_autocast(name: str) -> None:
+    network, x = build(name, 7, **SMALL[name]).eval(), torch.rand(4, 3, 8, 8)
+    seen: list[Tensor] = []
+    network.get_submodule("conv1").register_forward_hook(lambda _, inputs, output: seen.append(output))
+    with torch.autocast("cpu", torch.bfloat16):
+        network(x)
+    weight = network.get_parameter("conv1.weight").detach().double()
+    exact = nnf.conv2d(x.double(), weight, padding=1)
+    assert seen[0].dtype == torch.bfloat16
+    assert (seen[0] - exact).abs().max() <= exact.abs().max() / 256  # its own rounding, no other
+    assert torch.equal(seen[0], nnf.conv2d(x, weight.float(), padding=1).bfloat16())
+
+
 def test_one_seed_gives_the_initial_weights_of_the_trades_file() -> None:
     shapes = [s for k, s in wrn_shapes(1, 2, True).items() if len(s) == 4 and k != "fc.weight"]
     torch.manual_seed(5)

@@ -110,6 +110,29 @@ study.digits.train.batch=128000 | : 128000 is more than the 1297 training images
 study.digits.attack.n=5000 | : 5000 is more than the 400 test images
 study.digits.autoattack.n=[200,5000] | : 5000 is more than the 400 test images
 study.digits.train.steps=0 | : must be at least 1, found 0
+study.digits.attack.epsilon=0 | : must be above 0, found 0
+study.digits.attack.step=0 | : must be above 0, found 0
+study.digits.attack.pgd=[] | : must have 1 or more entries
+study.digits.autoattack.epsilon=0 | : must be above 0, found 0
+study.digits.train.pad=8 | : must be below 8, the side of an image
+study.digits.train.lr=1e300 | : must be at most 1e+30 in size
+study.digits.train={mean: [0.5, 0.4, 0.3], std: [1, 1, 1]} | study.digits.train.mean: must have 1 entries
+study.digits.data.split_seed=4294967296 | : must be below 4.29497e+09
+study.digits.target={name: resnet, strides: [1, 2, 2]} | study.digits.target.strides: must have one entry per
+study.digits.attack.epsilon=1.5 | : must be at most 1, found 1.5
+study.digits.autoattack.epsilon=1.5 | : must be at most 1, found 1.5
+study.digits.data.test=null | : the digits have no test set of their own
+study.digits.data.classes=11 | : source=digits has 10
+study.digits.data.archive=a.tar | : the digits ship inside scikit-learn
+study.digits.target={name: wrn, depth: 11} | study.digits.target.depth: a WideResNet's depth is 6k + 4
+study.digits.guide={name: resnet, blocks: [1, 1], strides: [1]} | study.digits.guide.strides: must have
+study.digits.data={source: image_folder, archive: a/b, classes: 2} | study.digits.data.archive: must be
+study.digits.data={source: cifar10, archive: a.gz, classes: 10} | study.digits.data.md5: give the archive
+seeds=[0,0] | : the same seed stands there twice
+settings=[digits,digits] | : 'digits' stands there twice
+baselines=[pgd_at,pgd_at] | : 'pgd_at' stands there twice
+baselines=[dynat] | variants: 'dynat' stands in baselines too
+variants=[pgd_at] | : 'pgd_at' stands in baselines too
 study.digits.data.source=cifar10 | study.digits.data.archive: source=cifar10 needs the name of an archive
 study.digits.data.test=1797 | : 1797 images leave none for training
 study.digits.target.widen=10 | : name=cnn takes only depth, stem_stride, width
@@ -136,6 +159,16 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(case: str) -> N
     ) or yaml.safe_load(text)
     message = refusal(changed(path.removeprefix("~"), value))
     assert message.startswith(path.removeprefix("~") + expected if expected[0] == ":" else expected)
+
+
+def test_a_variant_without_a_guide_is_refused() -> None:
+    swapped = {**changed("variants", ["pgd_at"]), "baselines": ["dynat"]}
+    assert refusal(swapped) == "variants: 'pgd_at' trains no guide; select it in baselines"
+
+
+def test_an_empty_selection_is_refused_before_it_empties_the_tables() -> None:
+    nothing = {**changed("variants", []), "baselines": []}
+    assert refusal(nothing).startswith("baselines: must name a method")
 
 
 @pytest.mark.parametrize("values", [None, [], 3, "text", {}, {3: 4}, {None: 1}, {(1, 2): 1}, {"\x1b[2J": 1}])

@@ -42,6 +42,10 @@ smoothing.target: no cross entropy | smoothing.target=0.1 outer.adversarial=bce
 smoothing.guide: the recipe has no guide | smoothing.guide=0.1
 batch_norm.guide: the recipe has no guide | batch_norm.guide=2
 batch_norm.target: no term uses adversarial examples | batch_norm.target=[adversarial] inner.steps=0 NATURAL
+batch_norm.target: outer forwards adversarial images | batch_norm.target=[]
+batch_norm.target: outer forwards natural images | batch_norm.target=[adversarial] outer.beta=1
+batch_norm.guide: must be at least 1 | labels=guide batch_norm.guide=0
+inner.stop.ramp_until: epoch 101 is never reached | inner.stop.ramp_until=102
 awp.objective: no term is switched on | awp.gamma=0.01 awp.objective.adversarial=none
 awp.objective.kl=mart: weights a KL term | awp.gamma=0.01 awp.objective.kl=mart
 awp.objective.adversarial=mse: the recipe has no guide | awp.gamma=0.01 awp.objective.adversarial=mse

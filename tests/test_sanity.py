@@ -1,8 +1,10 @@
 """The sanity suite passes a model that is what it seems, and catches one whose gradients are masked."""
 
+import pytest
 import torch
 from torch import Tensor, nn
 
+from dynat import sanity
 from dynat.evaluation import Evidence, evaluate
 from dynat.params import Attack
 from dynat.sanity import Check, Curve, check
@@ -103,6 +105,27 @@ def test_what_the_evaluation_has_found_is_taken_and_what_it_lacks_is_found() -> 
         SPEC,
         evaluate(Sides().eval(), x, y, SPEC, ("fgsm", "pgd", "cw")),
     )
-    spoilt = {**found, "pgd20": Evidence(torch.ones(80, dtype=torch.bool), y[:0], x[:0].float())}
-    checks, _ = check(Sides().eval(), None, x, y, whole, spoilt)
-    assert not checks["PGD-20 is at least as strong as FGSM"].passed
+
+
+@pytest.mark.parametrize(
+    ("verdicts", "caught"),
+    [
+        ({"pgd20": True}, "PGD-20 is at least as strong as FGSM"),
+        ({"pgd50": True, "pgd100": False}, "twice the steps change little"),
+        ({"clean": False}, "accuracy does not rise with epsilon"),
+    ],
+)
+def test_verdicts_that_cannot_be_are_caught(verdicts: dict[str, bool], caught: str) -> None:
+    x, y = images()
+    whole = SPEC.model_copy(update={"pgd": [20, 50, 100]})
+    found = evaluate(Sides().eval(), x, y, whole, ("fgsm", "pgd", "cw"))
+    spoilt = {
+        name: Evidence(torch.full((80,), robust), y[:0], x[:0].float()) for name, robust in verdicts.items()
+    }
+    checks, _ = check(Sides().eval(), None, x, y, whole, found | spoilt)
+    assert not checks[caught].passed
+
+
+def test_noise_that_breaks_more_than_the_attack_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sanity, "_noise", lambda *_: torch.zeros(80, dtype=torch.bool))
+    assert failed(Sides()) == {"random noise is weaker than PGD-20"}

@@ -40,6 +40,11 @@ def test_split_seed_moves_validation_but_never_the_test_set(tmp_path: Path) -> N
     assert not np.array_equal(first["validation_images"], other["validation_images"])
 
 
+def test_the_test_set_is_the_one_that_the_committed_numbers_are_of(tmp_path: Path) -> None:
+    found = prepared(tmp_path, source="digits", classes=10, test=400, validation=100)
+    assert found["test_labels"][:12].tolist() == [1, 4, 8, 6, 5, 9, 9, 1, 3, 2, 2, 2]
+
+
 def test_impossible_validation_split_is_refused_by_its_key(tmp_path: Path) -> None:
     message = refused(tmp_path, source="digits", classes=10, test=500, validation=5)
     assert message.startswith("data.validation: 5 of 1297")

@@ -13,6 +13,8 @@ from published_steps import (
     Step,
     dynat,
     dynat_fat,
+    dynat_gairat,
+    dynat_mail,
     fat,
     gairat,
     lbgat,
@@ -20,6 +22,7 @@ from published_steps import (
     mart,
     natural,
     rice,
+    sat,
     trades,
     trades_awp,
 )
@@ -107,19 +110,18 @@ CASES: dict[str, tuple[Recipe, Step, dict[int, float]]] = {
     "lbgat6": (shipped("lbgat6"), lbgat(6), {0: 0.02, 75: 0.01}),
     "mail_at": (shipped("mail_at"), mail("ce", 76), {75: 0.001, 76: 0.001}),
     "mail_trades": (shipped("mail_trades"), mail("kl", 76), {75: 0.001, 76: 0.001}),
-    "dynat_mail_inner": (
-        shipped("dynat_mail_inner", batch_norm={"target": ["adversarial"]}),
-        mail("dynamic", 76),
-        {75: 0.001, 76: 0.001},
+    "sat": (shipped("sat"), sat, {10: 0.1, 40: 0.1}),
+    "mail_mse": (shipped("mail_mse"), dynat_mail(False, mse=True), {75: 0.001, 76: 0.001}),
+    "dynat_at_mail": (shipped("dynat_at_mail"), dynat_mail(False), {75: 0.001, 76: 0.001}),
+    "dynat_mail_inner": (shipped("dynat_mail_inner"), dynat_mail(True), {75: 0.001, 76: 0.001}),
+    "dynat_gairat": (
+        shipped("dynat_gairat", inner=PARAMS["recipes"]["dynat_gairat"]["inner"] | STRONG),
+        dynat_gairat(False),
+        {69: 0.01, 70: 0.01},
     ),
     "dynat_inner_gairat": (
-        shipped(
-            "dynat_inner_gairat",
-            inner=PARAMS["recipes"]["dynat_inner_gairat"]["inner"] | STRONG,
-            smoothing={},
-            batch_norm={"target": ["adversarial"], "guide": 2},
-        ),
-        gairat(70, dynamic=True),
+        shipped("dynat_inner_gairat", inner=PARAMS["recipes"]["dynat_inner_gairat"]["inner"] | STRONG),
+        dynat_gairat(True),
         {69: 0.01, 70: 0.01},
     ),
     "lbgat_awp_on_dynamic_labels": (
@@ -162,6 +164,10 @@ def networks() -> tuple[Tiny, Tiny]:
         for network in (target, guide):
             network(random_images(50))
     return target, guide
+
+
+def test_every_recipe_of_params_is_among_the_cases() -> None:
+    assert PARAMS["recipes"].keys() <= CASES.keys()
 
 
 @pytest.mark.parametrize("name", CASES)

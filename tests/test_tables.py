@@ -110,6 +110,24 @@ def test_autoattack_warning_and_mixed_precision_become_footnotes(tmp_path: Path)
     assert rows(text)["pgd_at"]["PGD-20"].endswith("]")
 
 
+def test_an_average_is_marked_for_a_part_unlike_its_column(tmp_path: Path) -> None:
+    for method in ("pgd_at", "trades"):
+        write(tmp_path, method, COUNTS, aa={80: 50})
+    write(tmp_path, "mart", COUNTS, aa={40: 27}, autoattack={"epsilon": 0.031})
+    text = files(params(["mart", "pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
+    for note in ("AA: on the first n = 40 test images, unlike", "AA: ε = 0.031, unlike"):
+        assert raised(text, note) in rows(text)["mart"]["All"]
+    assert rows(text)["trades"]["All"].replace(".", "").isdigit()
+
+
+def test_a_training_in_bf16_is_marked(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, attack={"trained_in": "bf16"})
+    write(tmp_path, "trades", COUNTS, attack={"trained_in": "fp32"})
+    text = files(params(["pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
+    assert raised(text, "trained in bf16") in rows(text)["pgd_at"]["PGD-20"]
+    assert rows(text)["trades"]["PGD-20"].endswith("]")
+
+
 @pytest.mark.parametrize(
     ("odd", "note"),
     [

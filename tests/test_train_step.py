@@ -9,9 +9,10 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.published import STEPS, Published
-from benchmarks.train_step import batches, engine_of, networks, work_per_image
+from benchmarks.train_step import batches, engine_of, networks
 from dynat import attacks
 from dynat.data import Splits
+from dynat.estimate import work_per_image
 from dynat.networks import multiply_adds
 from dynat.params import load
 from dynat.recipes import Recipe, rescale

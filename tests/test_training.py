@@ -1,19 +1,25 @@
 """A training as a whole: batches, selection, resume, and losses that are not finite."""
 
 import io
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+import yaml
 from torch import Tensor
 
+from dynat import environment
 from dynat.data import Splits
 from dynat.errors import UserError
 from dynat.networks import build
-from dynat.params import load
+from dynat.params import load, parse
 from dynat.recipes import Recipe, Train
-from dynat.step import Engine
+from dynat.sources import prepare
+from dynat.stage import Cell
+from dynat.step import Batch, Engine, Outcome
 from dynat.training import Training
+from stages.train import set_up
 
 RECIPES = load().recipes
 TRAIN = Train(epochs=3, steps=2, batch=20, pad=1, flip=False, validation_steps=2)
@@ -112,7 +118,53 @@ def test_a_loss_that_is_not_finite_stops_the_training_in_one_line() -> None:
     assert run.progress.history == []
 
 
+def test_weights_that_the_last_step_of_an_epoch_ruined_are_never_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = training("pgd_at")
+    step, done = run.engine.step, 0
+
+    def ruinous(batch: Batch) -> Outcome:
+        nonlocal done
+        outcome = step(batch)
+        done += 1
+        if done == run.batches_per_epoch:  # its loss was finite: it is that before the update
+            with torch.no_grad():
+                next(run.engine.target.parameters()).fill_(float("nan"))
+        return outcome
+
+    monkeypatch.setattr(run.engine, "step", ruinous)
+    with pytest.raises(UserError, match="a weight of the target is not finite after epoch 0"):
+        run.run(lambda _: None)
+    assert run.progress.best == {}
+    assert run.progress.history == []
+
+
 def test_a_batch_larger_than_the_data_is_refused() -> None:
     run = training("pgd_at")
     with pytest.raises(UserError, match=r"train.batch: 60 is larger than the 50"):
         Training(run.engine, TRAIN.model_copy(update={"batch": 60}), run.data, 0)
+
+
+def test_a_training_in_another_precision_has_a_resume_state_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
+    values["study"]["digits"]["machine"] = {"device": "auto"}
+    values["study"]["digits"]["train"]["precision"] = "auto"
+    params = parse(values)
+    monkeypatch.chdir(tmp_path)
+    prepare(params.study["digits"].data, Path("data/digits.safetensors"), "study.digits.data")
+    monkeypatch.setattr(environment, "device_of", lambda machine: torch.device("cpu"))
+    keys = {}
+    for fast, name in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr(environment, "fast_bf16", lambda device, fast=fast: fast)
+        run, _, keys[name] = set_up(Cell("digits", "pgd_at", 0, params))
+        assert run.precision == name
+    assert keys["fp32"] != keys["bf16"]
+
+
+def test_a_crop_that_could_miss_the_image_is_refused_before_the_first_step() -> None:
+    wide = TRAIN.model_copy(update={"pad": 8})
+    with pytest.raises(UserError, match=r"train\.pad: 8 must be below 8"):
+        Training(training("pgd_at").engine, wide, data(), 0)

@@ -50,7 +50,7 @@ def _device(study: Study) -> "torch.device":
 def _needed(shown: Printed, *names: str) -> None:
     missing = [name for name in names if not (shown.root / name).exists()]
     if missing:
-        raise UserError(f"{', '.join(missing)} not here; dvc pull (or dvc repro) brings it")
+        raise UserError(f"{', '.join(missing)} not here; run dvc repro, or dvc pull from your remote")
 
 
 def _stored(shown: Printed, source: Source, device: "torch.device") -> Stored:
@@ -161,7 +161,7 @@ def _margins(network: "nn.Module", images: "Tensor", labels: "Tensor") -> "Tenso
 
 
 def _attack_again(stored: Stored, source: Source, study: Study) -> Link:
-    """Repeat the attack on a few robust samples; for AutoAttack, random by batch, APGD."""
+    """Repeat the attack on a few robust samples; for AutoAttack, whose draws depend on the batch, APGD."""
     import torch
 
     from dynat import attacks, evaluation
@@ -175,9 +175,10 @@ def _attack_again(stored: Stored, source: Source, study: Study) -> Link:
     spec = study.attack.model_copy(
         update={"epsilon": study.autoattack.epsilon, "seed": study.autoattack.seed} if union else {}
     )
-    start = attacks.uniform_start(x, spec.epsilon, evaluation.sample_noise(x, spec.seed, chosen))
+    noise = evaluation.sample_noise(x, spec.seed, chosen)
+    start = attacks.uniform_start(x, spec.epsilon, noise)
     if union or name == "apgd-ce":
-        adversarial, what = evaluation.apgd(stored.network, x, y, spec), "a fresh APGD-CE"
+        adversarial, what = evaluation.apgd(stored.network, x, y, noise, spec), "a fresh APGD-CE"
     elif name == "fgsm":
         loss = attacks.cross_entropy(y)
         adversarial = attacks.ascend(
