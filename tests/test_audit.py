@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import math
 import os
 import shutil
 import subprocess
@@ -145,6 +146,76 @@ def test_no_such_cell_is_one_line_and_status_2(
     assert error.startswith("error: ")
     assert wanted in error
     assert error.count("\n") == 1
+
+
+@slow
+def test_what_is_not_found_says_what_is_near_and_what_the_paper_has(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for wanted, hint in (
+        ("Digits/pgd_at/0/AA", "did you mean digits/pgd_at/0/aa?"),
+        ("table1/DYNAT/aa", "49.20 is the paper's (Table 1, DYNAT, AA); uv run dvc exp run"),
+        ("49.20", "(Table 1, DYNAT, AA)"),
+    ):
+        assert main([wanted]) == 2
+        assert hint in capsys.readouterr().err
+
+
+@slow
+def test_a_method_stands_for_its_cells_and_a_short_number_for_the_printed_one(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    cells = json.loads((repository / "metrics/tables/cells.json").read_text())
+    number = cells[CELL]["numbers"]["accuracy"]
+    assert number.endswith("0")
+    for wanted, expected in (
+        ("digits/pgd_at", {key for key in cells if key.startswith("digits/pgd_at/")}),
+        (number.rstrip("0").rstrip("."), {key for key in cells if f"{number} " in f"{cells[key]['text']} "}),
+    ):
+        assert main([wanted, "--json"]) == 0
+        found = {audit["cell"] for audit in json.loads(capsys.readouterr().out)}
+        assert found >= expected > set()
+
+
+@slow
+def test_a_clone_whose_history_is_cut_names_no_commit(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (repository / "notes.txt").write_text("nothing that a stage reads")
+    subprocess.run([*GIT, "add", "notes.txt"], cwd=repository, check=True)
+    subprocess.run([*GIT, "commit", "-qm", "later"], cwd=repository, check=True)
+    for depth, mark in (("1", "–"), ("9", "✓")):
+        clone = tmp_path / f"depth{depth}"
+        source = repository.resolve().as_uri()
+        subprocess.run(["git", "clone", "-q", "--depth", depth, source, clone], check=True)
+        monkeypatch.chdir(clone)
+        assert main([CELL]) == 0
+        output = capsys.readouterr().out
+        assert ("git fetch --unshallow" in output) == (mark == "–")
+        assert ("✓ commit " in output) == (mark == "✓")
+
+
+@slow
+def test_outputs_that_a_clone_lacks_are_counted(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["--all"]) == 0
+    assert "not here" not in capsys.readouterr().out
+    subprocess.run(["git", "clone", "-q", repository, tmp_path / "clone"], check=True)
+    monkeypatch.chdir(tmp_path / "clone")
+    assert main(["--all"]) == 0
+    assert " stages have outputs that are not here" in capsys.readouterr().out
+
+
+@slow
+def test_a_broken_index_of_the_tables_is_a_broken_link(
+    repository: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    for content in ("{", None):
+        index = repository / "metrics/tables/cells.json"
+        index.unlink() if content is None else index.write_text(content)
+        assert main(["--all"]) == 1
+        assert capsys.readouterr().err.startswith("error: metrics/tables/cells.json")
 
 
 @slow
@@ -343,11 +414,14 @@ def test_a_broken_sample_called_robust_is_refuted_though_all_files_agree(reposit
 
 
 @slow
-def test_a_training_that_did_not_happen_is_not_replayed(repository: Path) -> None:
+@pytest.mark.parametrize("forge", [lambda loss: loss * 1.01, lambda loss: math.nextafter(loss, math.inf)])
+def test_a_training_that_did_not_happen_is_not_replayed(
+    repository: Path, forge: Callable[[float], float]
+) -> None:
     path = repository / "models/digits/pgd_at/0/trace.csv"
     rows = path.read_text().splitlines()
     target, guide = rows[2].split(",")
-    path.write_text("\n".join([*rows[:2], f"{float(target) * 1.01},{guide}", *rows[3:]]) + "\n")
+    path.write_text("\n".join([*rows[:2], f"{forge(float(target))},{guide}", *rows[3:]]) + "\n")
     result = process(repository, CELL, "--replay", "3")
     assert result.returncode == 1
     assert "✗ replay digits/pgd_at/0" in result.stdout

@@ -1,11 +1,12 @@
 """Audit a printed number down to verdicts, weights, data, code and commit.
 
-CELL as digits/dynat/0/aa or table1/DYNAT/aa; FILE a table, an output or a code file, such as
-metrics/attack/digits/dynat/0.json; NUMBER such as 52.41. Exit status: 0 all links hold, 1 one is broken,
-2 there is no such cell.
+CELL as digits/dynat/0/aa, table1/DYNAT/aa where that row was run, or digits/dynat for all of its cells;
+FILE a table, an output or a code file, such as metrics/attack/digits/dynat/0.json; NUMBER such as 52.41.
+Exit status: 0 all links hold, 1 one is broken, 2 there is no such cell.
 """
 
 import argparse
+import difflib
 import json
 import os
 import re
@@ -17,14 +18,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from dynat.audit.link import Link, absent, broken, sound
-from dynat.audit.printed import Printed, Source
+from dynat.audit.printed import CELLS, Printed, Source
+from dynat.comparison import command
 from dynat.errors import UserError
 from dynat.measurements import read_json
+from dynat.published import TITLES, rows
+from dynat.tables import name
 
 if TYPE_CHECKING:
     from dynat.audit.lineage import Lineage
 
 SCREEN = 30  # lines
+NUMBER = r"[-+]?\d+(?:\.\d+)?"
 Audited = dict[str, list[Link]]  # cell -> its links
 
 
@@ -35,7 +40,11 @@ def main(arguments: list[str] | None = None) -> int:
         from dynat.audit.lineage import Lineage
 
         root = Path()
-        shown = Printed(root)
+        try:
+            shown = Printed(root)
+        except UserError as error:  # the tables' index is a link of every number
+            print(f"error: {error}", file=sys.stderr)
+            return 1
         lineage, fault = None, ""
         try:
             lineage = Lineage(root)
@@ -61,6 +70,10 @@ def main(arguments: list[str] | None = None) -> int:
         show_one(shown, found)
     else:
         show_many(shown, found)
+        if lineage and (count := len(lineage.outputs_missing)):
+            print(
+                f"{count} stages have outputs that are not here: of those, only the hashes in dvc.lock agree"
+            )
     return 0 if all(sound(links) for links in found.values()) else 1
 
 
@@ -92,20 +105,37 @@ def select(shown: Printed, lineage: "Lineage | None", wanted: str) -> list[str]:
     """The cells that are, print or come from ``wanted``; :class:`UserError` if there is none."""
     if wanted in shown.cells:
         return [wanted]
+    if below := [key for key in shown.cells if key.startswith(f"{wanted.rstrip('/')}/")]:
+        return below
     path = os.path.relpath(wanted) if os.path.isabs(wanted) else os.path.normpath(wanted)
     keys = [key for key, cell in shown.cells.items() if _prints(cell, path, wanted)]
     if not keys and lineage and (stages := lineage.behind(path)):
         keys = [key for key in shown.cells if stages & {*_stages(shown, lineage, key)[0]}]
+        if path.startswith("metrics/tables/"):
+            print(f"{path} prints no number of ours; the cells of the stage that wrote it:", file=sys.stderr)
     if not keys:
-        raise UserError(
-            f"{wanted}: no such cell, file or number; metrics/tables/cells.json has all {len(shown.cells)}"
-        )
+        raise UserError(_unknown(shown, wanted))
     return keys
 
 
+def _unknown(shown: Printed, wanted: str) -> str:
+    """Why there is no such cell: a row of the paper that was not run, a slip, or neither."""
+    for row in rows():
+        for column, value in row.values.items():
+            if wanted in (f"{row.key}/{column}", value.text):
+                where = f"{TITLES[row.table].split(':')[0]}, {row.method}, {name(column)}"
+                run = f"{command([row])} runs it"
+                return f"{wanted}: not reproduced here; {value.text} is the paper's ({where}); {run}"
+    known = {key.lower(): key for key in shown.cells}
+    near = difflib.get_close_matches(wanted.lower(), known, 1, 0.8)
+    hint = f"did you mean {known[near[0]]}?" if near else f"{CELLS} has all {len(known)}"
+    return f"{wanted}: no such cell, file or number; {hint}"
+
+
 def _prints(cell: dict[str, Any], path: str, wanted: str) -> bool:
-    numbers = re.findall(r"[-+]?\d+(?:\.\d+)?", cell.get("text", ""))
-    return path in cell.get("tables", ()) or wanted in numbers or wanted == cell.get("text")
+    numbers = map(float, re.findall(NUMBER, cell.get("text", "")))
+    printed = re.fullmatch(NUMBER, wanted) is not None and float(wanted) in numbers  # 42 is 42.00
+    return path in cell.get("tables", ()) or printed or wanted == cell.get("text")
 
 
 def run_of(source: Source) -> str:

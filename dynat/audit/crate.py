@@ -62,7 +62,10 @@ def export(root: Path, folder: Path, cells: dict[str, dict[str, Any]], found: di
     for name in ("CITATION.cff", "LICENSE"):
         _file(crate, root, name)
     _file(crate, root, "README.md")["about"] = crate.root_dataset
-    crate.write(folder)
+    try:
+        crate.write(folder)
+    except OSError as error:
+        raise UserError(f"{folder}: cannot be written ({error.strerror}); name another folder") from None
 
 
 def _workflow(crate: Any, root: Path) -> Any:

@@ -24,12 +24,17 @@ def commits(lineage: Lineage, stages: Iterable[str]) -> list[Link]:
     if not wanted:
         return []
     if _git(root, "rev-parse", "--verify", "HEAD") is None:
-        return [absent("commit", LOCK, "no Git history here", "audit a git clone")]
-    found = _appeared(root, wanted)
+        return [absent("commit", LOCK, "there is no commit yet", "commit dvc.lock and metrics together")]
+    found, oldest = _appeared(root, wanted)
+    cut = (_git(root, "rev-parse", "--is-shallow-repository") or b"").strip() == b"true"
     by_commit: dict[str, list[str]] = defaultdict(list)
     for name, commit in found.items():
-        by_commit[commit].append(name)
+        if not (cut and name in oldest):
+            by_commit[commit].append(name)
     links = [link for commit, names in by_commit.items() for link in _clean(lineage, commit, names)]
+    if cut and oldest:
+        text = f"this clone's history is cut before the entries of {some(sorted(oldest))} appeared"
+        links.append(absent("commit", LOCK, text, "run git fetch --unshallow"))
     apart = {name: entry for name, entry in wanted.items() if name not in found}
     experiments = _experiments(root, apart) if apart else {}
     links += [good("commit", name, f"from the experiment {each}") for name, each in experiments.items()]
@@ -39,8 +44,11 @@ def commits(lineage: Lineage, stages: Iterable[str]) -> list[Link]:
     return links
 
 
-def _appeared(root: Path, wanted: dict[str, str]) -> dict[str, str]:
-    """Stage -> the commit from which on its entry stood in ``dvc.lock`` as it does now."""
+def _appeared(root: Path, wanted: dict[str, str]) -> tuple[dict[str, str], set[str]]:
+    """Stage -> the commit from which on its entry stood in ``dvc.lock`` as it does now.
+
+    And the stages whose commit is the oldest that is known.
+    """
     listed = (_git(root, "log", "--first-parent", "--format=%H", "--", LOCK) or b"").decode().split()
     found: dict[str, str] = {}
     open_names = set(wanted)
@@ -52,7 +60,7 @@ def _appeared(root: Path, wanted: dict[str, str]) -> dict[str, str]:
                 open_names.discard(name)
         if not open_names:
             break
-    return found
+    return found, open_names & found.keys()
 
 
 def _clean(lineage: Lineage, commit: str, names: list[str]) -> list[Link]:

@@ -14,6 +14,7 @@ from dvc.dependency import ParamsDependency
 from dvc.dvcfile import load_file
 from dvc.exceptions import DvcException
 from dvc.repo import Repo
+from dvc.scm import SCMError
 from dvc.stage import PipelineStage
 from dvc.stage.loader import StageLoader
 from dvc_data.hashfile.hash_info import HashInfo
@@ -40,9 +41,12 @@ class Lineage:
             self.dvcfile = load_file(self.repo, str(root.resolve() / "dvc.yaml"))
             names = list(self.dvcfile.resolver.get_keys())
             self.stages: dict[str, PipelineStage] = {name: self._stage(name) for name in names}
+        except SCMError:
+            raise UserError("no Git repository here; audit a clone, made with git clone") from None
         except DvcException as error:
             raise UserError(f"dvc.yaml: {' '.join(str(error).split())}; restore it") from None
         self.producers = {out.def_path: name for name, stage in self.stages.items() for out in stage.outs}
+        self.outputs_missing: set[str] = set()  # checked stages with an output that is not here
         self._hashes: dict[str, str | None] = {}
         self._links: dict[str, list[Link]] = {}
 
@@ -107,7 +111,8 @@ class Lineage:
             return faults
         missing = [link.text for link in links]
         hashes = len(locked(entry, "deps")) - len(deps)  # without the deps that cannot be checked here
-        here = f"; not here: {some(missing)} (dvc pull brings it)" if missing else ""
+        here = f"; not here: {some(missing)} (run dvc repro, or dvc pull from your remote)" if missing else ""
+        self.outputs_missing |= {name} if missing else set()
         made = some(f"{path.rsplit('/', 1)[-1]} {md5[:8]}" for path, md5 in locked(entry, "outs").items())
         text = f"command, {len(params)} parameters and {hashes} hashes hold → {made}{here}"
         return [good("chain", name, text)]

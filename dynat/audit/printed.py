@@ -156,7 +156,12 @@ class Printed:
                 return broken("tables", name, "is no file of the tabulation", "remove it, or run dvc repro")
             same, text = now == files[name], _changed(now, files[name])
             if not same and name.endswith("training.csv") and not self._histories_here():
-                return absent("tables", name, "needs models/*/history.csv", "dvc pull brings them")
+                return absent(
+                    "tables",
+                    name,
+                    "needs models/*/history.csv",
+                    "run dvc repro, or dvc pull from your remote",
+                )
         if not same:
             return broken("tables", name, f"{text} not what the verdicts give", RETABULATE)
         return good(
