@@ -5,7 +5,7 @@ from pathlib import Path
 
 import torch
 
-from dynat import parallel
+from dynat import environment, parallel
 from dynat.errors import UserError
 from dynat.networks import build, multiply_adds
 from dynat.params import Machine, Params
@@ -15,27 +15,28 @@ LIMIT_HOURS = 12.0  # longer than this on a CPU is a mistake unless ``machine.de
 Shape = tuple[int, int, int]  # channels, height, width of an image
 
 
-def refuse_selected(params: Params, models: Path = Path("models")) -> None:
+def refuse_selected(params: Params, root: Path = Path()) -> None:
     """Refuse what :func:`refuse_days_on_cpu` does before anything is downloaded, as far as params.yaml tells.
 
-    Nothing is said of an image folder, whose size only the archive knows, nor of a training whose result
-    lies in ``models``: it may be there to be evaluated.
+    Nothing is said of an image folder, whose size only the archive knows; of a setting whose data is there,
+    for then its own training refuses at once; nor of a training whose result is there to be evaluated.
     """
     for setting in params.settings:
         study = params.study[setting]
         shape, count = study.data.image_shape, study.data.training_images
         here = study.machine.device == "auto" and not torch.cuda.is_available()
-        if shape is None or count is None or not here:
+        if shape is None or count is None or not here or (root / f"data/{setting}.safetensors").exists():
             continue
+        precision = environment.precision_of(study.train, torch.device("cpu"))
         for method in (*params.baselines, *params.variants):
-            if all((models / setting / method / str(seed)).is_dir() for seed in params.seeds):
+            if all((root / f"models/{setting}/{method}/{seed}").is_dir() for seed in params.seeds):
                 continue
             recipe = params.recipe(setting, method)
             networks = [
                 build(spec.name, study.data.classes, shape[0], **spec.options)
                 for spec in (study.target, study.guide)[: 1 + recipe.needs_guide]
             ]
-            engine = Engine(recipe, networks[0], networks[1] if recipe.needs_guide else None)
+            engine = Engine(recipe, networks[0], networks[1] if recipe.needs_guide else None, precision)
             refuse_days_on_cpu(setting, study.machine, engine, shape, count)
 
 
@@ -53,7 +54,7 @@ def refuse_days_on_cpu(setting: str, machine: Machine, engine: Engine, shape: Sh
     if hours > LIMIT_HOURS:
         raise UserError(
             f"{setting}: no accelerator here, and this CPU would train for at least {hours / 24:.1f} days; "
-            f"run it on a GPU, or insist with -S study.{setting}.machine.device=cpu"
+            f"run it on a GPU, take it out of settings, or insist with -S study.{setting}.machine.device=cpu"
         )
 
 

@@ -206,9 +206,10 @@ def _running_statistics(recipe: Recipe) -> dict[str, bool]:
         "batch_norm.target: no term uses adversarial examples to forward": "adversarial" in (target or ())
         and not outer.reads_adversarial
     }
+    seen = {name.removesuffix("_after") for name in target or ()}
     for name, needed in (("natural", outer.reads_natural), ("adversarial", outer.reads_adversarial)):
-        reason = f"batch_norm.target: outer forwards {name} images, so {name} must be in the list"
-        checks[reason] = needed and target is not None and name not in target
+        reason = f"batch_norm.target: outer forwards {name} images, so {name} must be in the list (or null)"
+        checks[reason] = needed and target is not None and name not in seen
     return checks
 
 

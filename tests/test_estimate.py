@@ -5,6 +5,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from dynat import environment, estimate
 from dynat.errors import UserError
 from dynat.estimate import refuse_days_on_cpu, refuse_selected, work_per_image
 from dynat.networks import build
@@ -83,7 +84,26 @@ def test_a_selected_training_of_days_is_refused_before_its_data_is_there(
 
 @pytest.mark.usefixtures("without_accelerator")
 def test_a_training_that_is_there_may_be_evaluated_on_a_cpu(params: Params, tmp_path: Path) -> None:
-    (tmp_path / "cifar10_resnet18" / "pgd_at" / "0").mkdir(parents=True)
+    (tmp_path / "models/cifar10_resnet18/pgd_at/0").mkdir(parents=True)
     refuse_selected(selected(params, settings=["cifar10_resnet18"]), tmp_path)
     with pytest.raises(UserError, match="days"):
         refuse_selected(selected(params, settings=["cifar10_resnet18"], variants=["dynat"]), tmp_path)
+
+
+@pytest.mark.usefixtures("without_accelerator")
+def test_where_the_data_is_there_the_training_itself_refuses(params: Params, tmp_path: Path) -> None:
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data/cifar10_resnet18.safetensors").touch()
+    refuse_selected(selected(params, settings=["cifar10_resnet18"]), tmp_path)
+
+
+@pytest.mark.usefixtures("without_accelerator")
+def test_the_estimate_is_of_the_precision_that_the_training_would_have(
+    params: Params, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[torch.dtype] = []
+    monkeypatch.setattr(estimate, "measured_peak", lambda precision: asked.append(precision) or 1e18)
+    for fast in (False, True):
+        monkeypatch.setattr(environment, "fast_bf16", lambda device, fast=fast: fast)
+        refuse_selected(selected(params, settings=["cifar10_resnet18"]), tmp_path)
+    assert asked == [torch.float32, torch.bfloat16]
