@@ -154,8 +154,10 @@ def test_what_is_not_found_says_what_is_near_and_what_the_paper_has(
 ) -> None:
     for wanted, hint in (
         ("Digits/pgd_at/0/AA", "did you mean digits/pgd_at/0/aa?"),
-        ("table1/DYNAT/aa", "49.20 is the paper's (Table 1, DYNAT, AA); uv run dvc exp run"),
+        ("table1/DYNAT/aa", "the paper has 49.20 (Table 1, DYNAT, AA); uv run dvc exp run"),
         ("49.20", "(Table 1, DYNAT, AA)"),
+        ("table1/DYNAT", "not reproduced here"),
+        ("Digits/PGD_AT/0", "did you mean digits/pgd_at/0?"),
     ):
         assert main([wanted]) == 2
         assert hint in capsys.readouterr().err
@@ -200,11 +202,11 @@ def test_outputs_that_a_clone_lacks_are_counted(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     assert main(["--all"]) == 0
-    assert "not here" not in capsys.readouterr().out
+    assert "outputs are not here" not in capsys.readouterr().out
     subprocess.run(["git", "clone", "-q", repository, tmp_path / "clone"], check=True)
     monkeypatch.chdir(tmp_path / "clone")
     assert main(["--all"]) == 0
-    assert " stages have outputs that are not here" in capsys.readouterr().out
+    assert "stages whose outputs are not here" in capsys.readouterr().out
 
 
 @slow

@@ -122,13 +122,18 @@ def _unknown(shown: Printed, wanted: str) -> str:
     """Why there is no such cell: a row of the paper that was not run, a slip, or neither."""
     for row in rows():
         for column, value in row.values.items():
-            if wanted in (f"{row.key}/{column}", value.text):
-                where = f"{TITLES[row.table].split(':')[0]}, {row.method}, {name(column)}"
-                run = f"{command([row])} runs it"
-                return f"{wanted}: not reproduced here; {value.text} is the paper's ({where}); {run}"
-    known = {key.lower(): key for key in shown.cells}
+            key = f"{row.key}/{column}"
+            if wanted not in (row.key, key, value.text):
+                continue
+            where = f"{TITLES[row.table].split(':')[0]}, {row.method}, {name(column)}"
+            if key in shown.cells:
+                return f"{wanted}: is the paper's own ({where}); ours is {key} = {shown.cells[key]['text']}"
+            paper = f"not reproduced here; the paper has {value.text} ({where})"
+            return f"{wanted}: {paper}; {command([row])} runs it"
+    runs = {key.rpartition("/")[0] for key in shown.cells}
+    known = {key.lower(): key for key in (*shown.cells, *runs)}
     near = difflib.get_close_matches(wanted.lower(), known, 1, 0.8)
-    hint = f"did you mean {known[near[0]]}?" if near else f"{CELLS} has all {len(known)}"
+    hint = f"did you mean {known[near[0]]}?" if near else f"{CELLS} has all {len(shown.cells)}"
     return f"{wanted}: no such cell, file or number; {hint}"
 
 
