@@ -71,9 +71,7 @@ def main(arguments: list[str] | None = None) -> int:
     else:
         show_many(shown, found)
         if lineage and (count := len(lineage.outputs_missing)):
-            print(
-                f"{count} stages have outputs that are not here: of those, only the hashes in dvc.lock agree"
-            )
+            print(f"stages whose outputs are not here, so that only the hashes in dvc.lock agree: {count}")
     return 0 if all(sound(links) for links in found.values()) else 1
 
 
