@@ -149,25 +149,24 @@ def test_mlflow_holds_a_finished_run_of_every_stage_with_the_models_hash(reposit
     ],
 )
 def test_bad_input_is_one_line_that_names_the_key_and_nothing_is_overwritten(
-    repository: Path, override: str, key: str
+    repository: Path, tmp_path: Path, override: str, key: str
 ) -> None:
-    before = outputs(repository)
-    result = dvc(repository, "exp", "run", "-S", override)
-    subprocess.run(
-        ["git", "checkout", "-q", "HEAD", "--", "params.yaml", "dvc.lock"], cwd=repository, check=True
-    )
+    folder = tmp_path / "repository"
+    shutil.copytree(repository, folder, symlinks=True)
+    before = outputs(folder)
+    result = dvc(folder, "exp", "run", "-S", override)
     assert result.returncode != 0
     output = result.stdout + result.stderr
     assert "Traceback" not in output
     faults = [line for line in output.splitlines() if line.startswith("error: ")]
     assert len(faults) == 1
     assert key in faults[0]
-    assert outputs(repository) == before
+    assert outputs(folder) == before
 
 
-def outputs(repository: Path) -> dict[str, bytes]:
+def outputs(folder: Path) -> dict[str, bytes]:
     """Content of all that stages write, but for the mark that params.yaml is sound."""
-    files = [path for name in ("data", "models", "metrics") for path in (repository / name).rglob("*")]
+    files = [path for name in ("data", "models", "metrics") for path in (folder / name).rglob("*")]
     return {
         str(path): path.read_bytes() for path in files if path.is_file() and path.name != "params.checked"
     }
