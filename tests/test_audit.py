@@ -52,6 +52,13 @@ def repository(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Pa
     return folder
 
 
+def cloned(repository: Path, folder: Path, *options: str) -> Path:
+    """A clone in ``folder``; by its URL, as Git ignores --depth for a path."""
+    source = repository.resolve().as_uri()
+    subprocess.run(["git", "clone", "-q", *options, source, folder], check=True)
+    return folder
+
+
 def process(folder: Path, *arguments: str) -> subprocess.CompletedProcess[str]:
     """The audit in a process of its own, which may pin the CPU."""
     command = [sys.executable, "-m", "dynat.audit", *arguments]
@@ -84,8 +91,7 @@ def test_every_link_of_a_run_holds(repository: Path, capsys: pytest.CaptureFixtu
 def test_a_fresh_clone_without_outputs_and_cache_holds_too(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    clone = tmp_path / "clone"
-    subprocess.run(["git", "clone", "-q", str(repository), str(clone)], check=True)
+    clone = cloned(repository, tmp_path / "clone")
     assert not (clone / "models").exists()
     monkeypatch.chdir(clone)
     assert main([CELL]) == 0
@@ -187,10 +193,7 @@ def test_a_clone_whose_history_is_cut_names_no_commit(
     subprocess.run([*GIT, "add", "notes.txt"], cwd=repository, check=True)
     subprocess.run([*GIT, "commit", "-qm", "later"], cwd=repository, check=True)
     for depth, mark in (("1", "–"), ("9", "✓")):
-        clone = tmp_path / f"depth{depth}"
-        source = repository.resolve().as_uri()
-        subprocess.run(["git", "clone", "-q", "--depth", depth, source, clone], check=True)
-        monkeypatch.chdir(clone)
+        monkeypatch.chdir(cloned(repository, tmp_path / f"depth{depth}", "--depth", depth))
         assert main([CELL]) == 0
         output = capsys.readouterr().out
         assert ("git fetch --unshallow" in output) == (mark == "–")
@@ -203,8 +206,7 @@ def test_outputs_that_a_clone_lacks_are_counted(
 ) -> None:
     assert main(["--all"]) == 0
     assert "outputs are not here" not in capsys.readouterr().out
-    subprocess.run(["git", "clone", "-q", repository, tmp_path / "clone"], check=True)
-    monkeypatch.chdir(tmp_path / "clone")
+    monkeypatch.chdir(cloned(repository, tmp_path / "clone"))
     assert main(["--all"]) == 0
     assert "stages whose outputs are not here" in capsys.readouterr().out
 

@@ -106,6 +106,10 @@ def test_in_bfloat16_the_folded_network_is_as_near_to_the_exact_one_as_the_netwo
     for mine, own, truth in zip(values(half(folded), x), values(half(network), x), expected, strict=True):
         assert distance(mine, truth) < 2 * distance(own, truth)
         assert distance(mine, truth) < 0.03
+        if truth.ndim == 2:  # logits, which no turned ReLU moves far: all samples together too
+            error, reference = (mine - truth).norm(), (own - truth).norm()
+            assert error < 5 * reference
+            assert error < 0.1 * truth.norm()
 
 
 @pytest.mark.parametrize("name", CASES)
@@ -152,6 +156,8 @@ def test_compiled_in_bfloat16_a_network_has_the_logits_and_gradients_that_it_has
 
     for mine, own in zip(values(half(compiled), x), values(half(folded), x), strict=True):
         assert distance(mine, own) < 0.03
+        if own.ndim == 2:
+            assert (mine - own).norm() < 0.05 * own.norm()
     assert counters["stats"]["unique_graphs"] == 1
 
 
