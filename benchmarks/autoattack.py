@@ -21,14 +21,14 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from dynat import environment
-from dynat.params import AutoAttack, Machine, Study, load
+from dynat.config.params import AutoAttack, Machine, Study, load
+from dynat.runtime import machine as environment
 
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from dynat.evaluation import Evidence
+    from dynat.evaluation.whitebox import Evidence
 
 NETWORKS: dict[str, dict[str, Any]] = {  # with random weights, as large as those of CIFAR-10
     "resnet18": {"name": "resnet"},
@@ -87,7 +87,7 @@ def plain(case: Case) -> "Tensor":
     import torch
     from pyautoattack import AutoAttack as Package
 
-    from dynat.data import to_unit
+    from dynat.data.splits import to_unit
 
     torch.set_num_threads(case.cores)
     network = copy.deepcopy(case.network).requires_grad_(True).to(memory_format=torch.contiguous_format)
@@ -105,8 +105,8 @@ def project(case: Case) -> "Evidence":
     """The project's evidence after the last attack."""
     import torch
 
-    from dynat.autoattack import STANDARD, run
-    from dynat.pieces import Pieces
+    from dynat.evaluation.autoattack import STANDARD, run
+    from dynat.evaluation.pieces import Pieces
 
     on_processes = case.images.device.type == "cpu" and case.spec.workers > 1
     torch.set_num_threads(max(1, case.cores // case.spec.workers) if on_processes else case.cores)
@@ -126,8 +126,8 @@ def project(case: Case) -> "Evidence":
 
 def false_successes(case: Case, found: "Evidence") -> int:
     """Images of the evidence outside the ball, outside [0,1], or classified rightly by the network."""
-    from dynat.data import to_unit
-    from dynat.evaluation import predict
+    from dynat.data.splits import to_unit
+    from dynat.evaluation.whitebox import predict
 
     x, y = to_unit(case.images)[found.indices], case.labels[found.indices]
     far = (found.images - x).abs().flatten(1).amax(1) > case.spec.epsilon + 1e-6
@@ -143,7 +143,9 @@ def false_successes(case: Case, found: "Evidence") -> int:
 def _case(options: argparse.Namespace, study: Study, spec: AutoAttack, device: "torch.device") -> Case:
     import torch
 
-    from dynat import data, networks, results
+    from dynat.data import splits as data
+    from dynat.evaluation import results
+    from dynat.networks import architectures as networks
 
     cores = options.threads or study.machine.threads or os.cpu_count() or 1
     if options.network is None:

@@ -2,7 +2,7 @@
 
 Both sides take the same batches in turn; a round's ratio is (time of the published step) / (time of the
 engine's), so that whatever else slows the machine slows both. Model FLOPs are two per multiply-add that the
-method needs (``dynat.estimate.work_per_image``). Peak: the best of several large matrix products in the
+method needs (``methods.estimate.work_per_image``). Peak: the best of several large matrix products in the
 engine's precision, measured in the same run.
 
     python -m benchmarks.train_step --network resnet18 --batch 32 --method dynat_inner
@@ -22,12 +22,12 @@ import torch
 from torch import nn
 
 from benchmarks.published import STEPS, Published
-from dynat.environment import fast_bf16
-from dynat.estimate import work_per_image
-from dynat.networks import build
-from dynat.params import load
-from dynat.recipes import Recipe
-from dynat.step import Batch, Engine
+from dynat.config.params import load
+from dynat.config.recipe import Recipe
+from dynat.methods.estimate import work_per_image
+from dynat.methods.step import Batch, Engine
+from dynat.networks.architectures import build
+from dynat.runtime.machine import fast_bf16
 
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]] = {
     # target, guide, image; both ResNet-18 with the strides that DYNAT's code gives its guide

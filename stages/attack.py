@@ -7,18 +7,18 @@ trusted, and the accuracy against epsilon. A failed check stops nothing: it mark
 
 from functools import partial
 
-from dynat import environment
-from dynat.stage import RunRecord, cell, main
+from dynat.runtime import machine as environment
+from dynat.runtime.stage import RunRecord, main, run_of_arguments
 
 
 def stage() -> int:
     """Attack both checkpoints with everything in the study's ``attack`` section."""
-    here = cell(__doc__ or "")
-    record = RunRecord("attack", here)
-    spec, machine = here.study.attack, here.study.machine
+    run = run_of_arguments(__doc__ or "")
+    record = RunRecord("attack", run)
+    spec, machine = run.study.attack, run.study.machine
     environment.pin(machine)
-    from dynat.assessment import assess
-    from dynat.battery import attack
+    from dynat.evaluation.assessment import assess
+    from dynat.evaluation.battery import attack
 
     return assess(record, spec, machine, partial(attack, spec=spec))
 

@@ -6,18 +6,18 @@ every sample beside it, and the adversarial image of every broken sample.
 
 from functools import partial
 
-from dynat import environment
-from dynat.stage import RunRecord, cell, main
+from dynat.runtime import machine as environment
+from dynat.runtime.stage import RunRecord, main, run_of_arguments
 
 
 def stage() -> int:
     """Run the standard ensemble on the selected checkpoint."""
-    here = cell(__doc__ or "")
-    record = RunRecord("autoattack", here)
-    spec, machine = here.study.autoattack, here.study.machine
+    run = run_of_arguments(__doc__ or "")
+    record = RunRecord("autoattack", run)
+    spec, machine = run.study.autoattack, run.study.machine
     environment.pin(machine)
-    from dynat.assessment import assess
-    from dynat.autoattack import attack
+    from dynat.evaluation.assessment import assess
+    from dynat.evaluation.autoattack import attack
 
     return assess(record, spec, machine, partial(attack, spec=spec))
 

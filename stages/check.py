@@ -8,10 +8,10 @@ Its output never changes, so nothing reruns because of it.
 from pathlib import Path
 from shutil import which
 
-from dynat.checkpoint import write_atomically
+from dynat.config.params import load
 from dynat.errors import UserError
-from dynat.params import load
-from dynat.stage import main
+from dynat.runtime.files import write_atomically
+from dynat.runtime.stage import main
 
 
 def stage() -> None:
@@ -21,7 +21,7 @@ def stage() -> None:
     if which(program) is None:
         raise UserError(f"params.yaml: launch: {program!r} is not a program on this machine")
     if any(params.study[setting].machine.device == "auto" for setting in params.settings):
-        from dynat.estimate import refuse_selected  # with torch
+        from dynat.methods.estimate import refuse_selected  # with torch
 
         refuse_selected(params)
     write_atomically(Path("data/params.checked"), b"params.yaml is sound\n")

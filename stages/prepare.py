@@ -3,10 +3,10 @@
 import argparse
 from pathlib import Path
 
+from dynat.config.params import load
+from dynat.data.sources import prepare
 from dynat.errors import UserError
-from dynat.params import load
-from dynat.sources import prepare
-from dynat.stage import main
+from dynat.runtime.stage import main
 
 
 def stage() -> None:

@@ -5,11 +5,11 @@ Every number is recounted from the verdicts; results that contradict each other 
 
 from pathlib import Path
 
-from dynat.checkpoint import write_atomically
-from dynat.params import load
-from dynat.report import render
-from dynat.stage import main
-from dynat.tabulation import REPORT, tabulate, text_files
+from dynat.config.params import load
+from dynat.paper.report import render
+from dynat.paper.tabulation import REPORT, tabulate, text_files
+from dynat.runtime.files import write_atomically
+from dynat.runtime.stage import main
 
 
 def stage() -> None:

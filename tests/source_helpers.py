@@ -9,9 +9,9 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
+from dynat.config.params import DataSpec
+from dynat.data.sources import prepare
 from dynat.errors import UserError
-from dynat.params import DataSpec
-from dynat.sources import prepare
 
 Arrays = dict[str, np.ndarray[Any, Any]]
 Files = dict[str, bytes]

@@ -13,12 +13,15 @@ import sys
 from typing import Any
 
 STAGES = ("prepare", "train", "attack", "autoattack")
-LIBRARY = ("assessment", "autoattack", "battery", "data", "estimate", "results", "step", "training")
+LIBRARY = (
+    *("data.splits", "methods.estimate", "methods.step", "methods.training"),
+    *("evaluation.assessment", "evaluation.autoattack", "evaluation.battery", "evaluation.results"),
+)
 
 
 def become(request: dict[str, Any]) -> None:
     """Run the stage in this process and exit as it does."""
-    from dynat.stage import main
+    from dynat.runtime.stage import main
 
     log = os.open(request["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o644)
     for fd, to in ((0, os.open(os.devnull, os.O_RDONLY)), (1, log), (2, log)):

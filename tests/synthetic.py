@@ -6,8 +6,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from dynat.params import Params, parse
-from dynat.tabulation import tabulate, text_files
+from dynat.config.params import Params, parse
+from dynat.paper.tabulation import tabulate, text_files
 
 ATTACKS = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "pgd100", "cw", "apgd-ce")
 COUNTS = dict(zip(ATTACKS, (97, 85, 76, 74, 73, 72, 71, 70), strict=True))

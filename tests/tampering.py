@@ -76,7 +76,7 @@ def lock(folder: Path) -> None:
 
 
 def code(folder: Path) -> None:
-    with open(folder / "dynat/step.py", "a") as file:
+    with open(folder / "dynat/methods/step.py", "a") as file:
         file.write("# edited\n")
 
 
@@ -109,7 +109,7 @@ def code_after_commit(folder: Path) -> None:
     found = yaml.safe_load((folder / "dvc.lock").read_text())
     for entry in found["stages"].values():
         for dep in entry["deps"]:
-            if dep["path"] == "dynat/step.py":
+            if dep["path"] == "dynat/methods/step.py":
                 dep["md5"] = "1" * 32
     (folder / "dvc.lock").write_text(yaml.safe_dump(found, sort_keys=False))
     subprocess.run([*GIT, "commit", "-qam", "tampered"], cwd=folder, check=True)
@@ -124,7 +124,7 @@ def locked(folder: Path, stage: str, edit: Callable[[dict[str, Any]], None]) -> 
 
 def lock_without_dependency(folder: Path) -> None:
     def edit(entry: dict[str, Any]) -> None:
-        entry["deps"] = [dep for dep in entry["deps"] if dep["path"] != "dynat/step.py"]
+        entry["deps"] = [dep for dep in entry["deps"] if dep["path"] != "dynat/methods/step.py"]
 
     locked(folder, "train_baseline@digits-pgd_at-0", edit)
 

@@ -5,11 +5,11 @@ from pathlib import Path
 
 import torch
 from helpers import Tiny, random_images
-from test_step import CASES, draw
+from step_cases import CASES, draw
 from torch import Tensor, nn
 
-from dynat import parallel
-from dynat.step import Batch, Engine
+from dynat.methods.step import Batch, Engine
+from dynat.runtime import distributed
 
 COUNT = 7  # samples: uneven slices
 
@@ -39,7 +39,7 @@ def train(name: str, normalised: bool) -> dict[str, Tensor]:
 
 
 def sliced(batch: Batch) -> Batch:
-    part = parallel.part(len(batch.truth))
+    part = distributed.part(len(batch.truth))
     jitter = None if batch.jitter is None else batch.jitter[:, part]
     return Batch(batch.images[part], batch.truth[part], batch.start[part], jitter)
 
@@ -49,12 +49,12 @@ def everything() -> dict[str, dict[str, Tensor]]:
 
 
 if __name__ == "__main__":
-    parallel.join(torch.device("cpu"))
+    distributed.join(torch.device("cpu"))
     states = everything()
-    met = parallel.from_first({"first": parallel.rank(), "tensor": torch.arange(3)})
+    met = distributed.from_first({"first": distributed.rank(), "tensor": torch.arange(3)})
     assert met is not None
     assert (met["first"], met["tensor"].tolist()) == (0, [0, 1, 2])
-    assert parallel.from_first(None) is None
-    assert [parallel.anyone(parallel.rank() == 1), parallel.anyone(False)] == [True, False]
-    torch.save(states, Path(sys.argv[1], f"{parallel.rank()}.pt"))
-    parallel.leave()
+    assert distributed.from_first(None) is None
+    assert [distributed.anyone(distributed.rank() == 1), distributed.anyone(False)] == [True, False]
+    torch.save(states, Path(sys.argv[1], f"{distributed.rank()}.pt"))
+    distributed.leave()

@@ -19,11 +19,11 @@ from typing import TYPE_CHECKING, Any
 
 from dynat.audit.link import Link, absent, broken, sound
 from dynat.audit.printed import CELLS, Printed, Source
-from dynat.comparison import command
 from dynat.errors import UserError
-from dynat.measurements import read_json
-from dynat.published import TITLES, rows
-from dynat.tables import name
+from dynat.paper.comparison import command
+from dynat.paper.published import TITLES, rows
+from dynat.paper.tables import name
+from dynat.runtime.files import read_json
 
 if TYPE_CHECKING:
     from dynat.audit.lineage import Lineage

@@ -7,7 +7,7 @@ from typing import Any
 
 from dynat.audit.link import Link, absent, broken, good
 from dynat.errors import UserError
-from dynat.measurements import read_json
+from dynat.runtime.files import read_json
 
 RERUN = "restore it with git checkout, or run dvc repro -f of that stage"
 

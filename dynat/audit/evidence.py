@@ -8,14 +8,13 @@ import sys
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from dynat import environment
 from dynat.audit.link import Link, absent, broken, good
 from dynat.audit.printed import Printed, Source
+from dynat.config.params import Study
 from dynat.errors import UserError
-from dynat.measurements import read_json
-from dynat.params import Study
-from dynat.tabulation import read_csv
-from dynat.verdicts import decode
+from dynat.evaluation.verdicts import decode
+from dynat.runtime import machine as environment
+from dynat.runtime.files import read_csv, read_json
 
 if TYPE_CHECKING:
     import torch
@@ -56,9 +55,9 @@ def _needed(shown: Printed, *names: str) -> None:
 def _stored(shown: Printed, source: Source, device: "torch.device") -> Stored:
     import torch
 
-    from dynat.checkpoint import load_weights, sha256
-    from dynat.data import load
-    from dynat.results import load_network
+    from dynat.data.splits import load
+    from dynat.networks.weights import load_network, load_weights
+    from dynat.runtime.files import sha256
 
     _, _, setting, method, name = source["file"].split("/")
     seed = name.removesuffix(".json")
@@ -112,7 +111,7 @@ def witness(shown: Printed, source: Source) -> list[Link]:
 def _faults(stored: Stored, epsilon: float) -> list[str]:
     import torch
 
-    from dynat.data import to_unit
+    from dynat.data.splits import to_unit
 
     natural, n = to_unit(stored.images), len(stored.robust)
     if len(natural) != n:
@@ -164,8 +163,9 @@ def _attack_again(stored: Stored, source: Source, study: Study) -> Link:
     """Repeat the attack on a few robust samples; for AutoAttack, whose draws depend on the batch, APGD."""
     import torch
 
-    from dynat import attacks, evaluation
-    from dynat.data import to_unit
+    from dynat.data.splits import to_unit
+    from dynat.evaluation import whitebox as evaluation
+    from dynat.methods import attacks
 
     survivors = [index for index, robust in enumerate(stored.robust) if robust]
     chosen = torch.tensor(sorted(random.sample(survivors, min(SAMPLES, len(survivors)))))
@@ -242,10 +242,10 @@ def replay(shown: Printed, run: str, steps: int) -> list[Link]:
 
 def _losses(shown: Printed, setting: str, method: str, seed: int, steps: int) -> list[dict[str, float]]:
     """Losses of the first steps of a training, as ``trace.csv`` names them."""
-    from dynat.stage import Cell
-    from stages.train import set_up
+    from dynat.methods.setup import set_up
+    from dynat.runtime.stage import Run
 
-    training, _, _ = set_up(Cell(setting, method, seed, shown.params))
+    training, _, _ = set_up(Run(setting, method, seed, shown.params))
     losses: list[dict[str, float]] = []
     for epoch in range(training.recipe.schedule.epochs):
         training.engine.set_epoch(epoch)

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from dynat.audit.lineage import Lineage, tree_hash
 from dynat.audit.link import Link, absent, broken, good, some
-from dynat.lock import LOCK, locked
+from dynat.runtime.lock import LOCK, locked
 
 AT_ONCE = 32  # revisions of dvc.lock in memory
 EXPERIMENT = re.compile(r"^(\w+) (refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/.+)$", re.MULTILINE)

@@ -22,7 +22,7 @@ from dvc_data.hashfile.tree import Tree
 
 from dynat.audit.link import Link, absent, broken, good, some
 from dynat.errors import UserError
-from dynat.lock import LOCK, locked, locked_params, parse_yaml, read_lock
+from dynat.runtime.lock import LOCK, locked, locked_params, parse_yaml, read_lock
 
 RERUN = "run dvc repro, or restore it with git checkout"
 

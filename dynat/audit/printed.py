@@ -6,13 +6,14 @@ from pathlib import Path
 from typing import Any
 
 from dynat.audit.link import Link, absent, broken, good
+from dynat.config.params import Params, load
 from dynat.errors import UserError
-from dynat.measurements import Count, read_json
-from dynat.params import Params, load
-from dynat.report import sheets_html, tables_html  # not render: figures need more than Git has
-from dynat.tables import printed
-from dynat.tabulation import REPORT, TABLES, Tabulation, read_csv, tabulate, text_files
-from dynat.verdicts import accuracy, decode
+from dynat.evaluation.verdicts import accuracy, decode
+from dynat.paper.measurements import Count
+from dynat.paper.report import sheets_html, tables_html  # not render: figures need more than Git has
+from dynat.paper.tables import printed
+from dynat.paper.tabulation import REPORT, TABLES, Tabulation, tabulate, text_files
+from dynat.runtime.files import read_csv, read_json
 
 CELLS = f"{TABLES}/cells.json"
 RETABULATE = "run dvc repro tabulate"
@@ -62,7 +63,7 @@ class Printed:
                 text = f"its {name} is {cell[name]!r}, the verdicts give {counted!r}"
                 return broken("printed", key, text, RETABULATE)
         if "published" in cell:
-            from dynat.comparison import difference
+            from dynat.paper.comparison import difference
 
             gap = difference(again.mean, cell["published"])
             if gap != cell["difference"]:

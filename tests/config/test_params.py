@@ -1,0 +1,291 @@
+"""Whatever stands in params.yaml is read as people mean it, or refused in one line that names the key."""
+
+import copy
+import itertools
+import math
+import string
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import pytest
+import yaml
+from dvc.utils.serialize import load_yaml
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from dynat.config.fields import number, whole
+from dynat.config.params import load, parse
+from dynat.errors import UserError
+
+FILE = Path(__file__).parents[2] / "params.yaml"
+TREE = load_yaml(FILE)  # as DVC reads it
+SMALL = {
+    **TREE,
+    "baselines": ["pgd_at"],
+    "variants": ["dynat"],
+    "study": {"digits": TREE["study"]["digits"]},
+    "recipes": {name: {**TREE["recipes"][name], "per_study": {}} for name in ("pgd_at", "dynat")},
+}
+GONE = object()
+SLOW_DATA = [HealthCheck.too_slow, HealthCheck.data_too_large]
+
+
+def changed(path: str, value: object, tree: dict[str, Any] = SMALL) -> dict[str, Any]:
+    """A copy of the tree with ``value`` at the dotted ``path``."""
+    tree = copy.deepcopy(tree)
+    *heads, last = path.split(".")
+    section = tree
+    for head in heads:
+        section = section.setdefault(head, {})
+    section[last] = value
+    if value is GONE:
+        del section[last]
+    return tree
+
+
+def refusal(values: object) -> str:
+    """The message with which ``parse`` refuses, without the file's name."""
+    with pytest.raises(UserError) as caught:
+        parse(values)
+    assert_one_line(str(caught.value))
+    return str(caught.value).removeprefix("params.yaml: ")
+
+
+def assert_one_line(message: str) -> None:
+    assert message.startswith("params.yaml: ")
+    assert len(message) < 400
+    assert message.isprintable(), "a line break or a control character would reach the terminal"
+
+
+READ = {"8/255": 8 / 255, " 2 / 255 ": 2 / 255, "1e-3": 0.001, "5E-4": 5e-4, ".5": 0.5, "0.031": 0.031}
+READ |= {"010": 10, "1.": 1, "-1": -1, "1e-3/2": 0.0005}
+WORDS = ["", "1 2", "0,5", "1_000", "0x10", "1/0", "0/0", "1/2/3", "/2", "2/", "8/abc", "abc", "true"]
+NO_NUMBERS = [*WORDS, "nan", "-inf", "1e999", "1e308/1e-308", True, None, math.nan, 10**5000, [1], {}, b"1"]
+
+
+@pytest.mark.parametrize("text", READ)
+def test_numbers_are_read_as_people_mean_them(text: str) -> None:
+    assert number(text) == READ[text]
+
+
+@pytest.mark.parametrize("value", NO_NUMBERS, ids=map(str, range(len(NO_NUMBERS))))
+def test_what_is_not_a_finite_number_is_refused(value: object) -> None:
+    with pytest.raises(ValueError, match="must be a"):
+        number(value)
+
+
+@pytest.mark.parametrize("text", ["1.5", "1/3", "1e300", 2**53 + 2, True, "ten", None, math.inf])
+def test_what_is_not_a_whole_number_is_refused(text: object) -> None:
+    with pytest.raises(ValueError, match="must be a whole number"):
+        whole(text)
+
+
+@settings(deadline=None)
+@given(st.decimals(-1000, 1000, places=6), st.integers(1, 999), st.sampled_from("feg"))
+def test_any_way_of_writing_a_number_gives_the_nearest_float(top: Any, bottom: int, style: str) -> None:
+    text = f"{top:.6{style}}"
+    assert number(text) == float(Fraction(text))
+    assert number(f"{text}/{bottom}") == pytest.approx(float(Fraction(text) / bottom), rel=1e-15, abs=0)
+
+
+# What is typed after -S, and the message; one that begins with a colon follows the key.
+WRONG = r"""
+alpha=abc | : must be a number, found 'abc'
+alpha=-1 | : must be at least 0, found -1
+alpha=HUGE | : must be a finite number, found 1000
+alpha=ENORMOUS | : must be a finite number, found a huge number
+alpha=NINES | : must be a finite number, found 999999999999999999999999999999999999999999999999999999999...
+alhpa=1 | : unknown key; did you mean 'alpha'?
+settings=digits | : must be a list such as [a, b], found 'digits'
+settings=[digit] | : unknown 'digit'; did you mean 'digits'?
+settings=[../digits] | : must match ^[A-Za-z0-9][A-Za-z0-9_]*$, found '../digits'
+variants=[dynta] | : unknown 'dynta'; did you mean 'dynat'?
+baselines=[pgdat] | : unknown 'pgdat'; did you mean 'pgd_at'?
+~study | : is missing
+study.digits.trian={} | : unknown key; did you mean 'train'?
+study.digits.train.epslion=1 | : unknown key; did you mean 'epsilon'?
+study.digits.train.epsilon=1.5 | : must be at most 1, found 1.5
+study.digits.train.batch=128000 | : 128000 is more than the 1297 training images
+study.digits.attack.n=5000 | : 5000 is more than the 400 test images
+study.digits.autoattack.n=[200,5000] | : 5000 is more than the 400 test images
+study.digits.train.steps=0 | : must be at least 1, found 0
+study.digits.attack.epsilon=0 | : must be above 0, found 0
+study.digits.attack.step=0 | : must be above 0, found 0
+study.digits.attack.pgd=[] | : must have 1 or more entries
+study.digits.autoattack.epsilon=0 | : must be above 0, found 0
+study.digits.train.pad=8 | : must be below 8, the side of an image
+study.digits.train.lr=1e300 | : must be at most 1e+30 in size
+study.digits.train={mean: [0.5, 0.4, 0.3], std: [1, 1, 1]} | study.digits.train.mean: must have 1 entries
+study.digits.data.split_seed=4294967296 | : must be below 4.29497e+09
+study.digits.target={name: resnet, strides: [1, 2, 2]} | study.digits.target.strides: must have one entry per
+study.digits.attack.epsilon=1.5 | : must be at most 1, found 1.5
+study.digits.autoattack.epsilon=1.5 | : must be at most 1, found 1.5
+study.digits.data.test=null | : the digits have no test set of their own
+study.digits.data.classes=11 | : source=digits has 10
+study.digits.data.archive=a.tar | : the digits ship inside scikit-learn
+study.digits.target={name: wrn, depth: 11} | study.digits.target.depth: a WideResNet's depth is 6k + 4
+study.digits.guide={name: resnet, blocks: [1, 1], strides: [1]} | study.digits.guide.strides: must have
+study.digits.data={source: image_folder, archive: a/b, classes: 2} | study.digits.data.archive: must be
+study.digits.data={source: cifar10, archive: a.gz, classes: 10} | study.digits.data.md5: give the archive
+seeds=[0,0] | : the same seed stands there twice
+settings=[digits,digits] | : 'digits' stands there twice
+baselines=[pgd_at,pgd_at] | : 'pgd_at' stands there twice
+baselines=[dynat] | variants: 'dynat' stands in baselines too
+variants=[pgd_at] | : 'pgd_at' stands in baselines too
+study.digits.data.source=cifar10 | study.digits.data.archive: source=cifar10 needs the name of an archive
+study.digits.data.test=1797 | : 1797 images leave none for training
+study.digits.target.widen=10 | : name=cnn takes only depth, stem_stride, width
+study.no good={} | study.'no good': must match ^[A-Za-z0-9][A-Za-z0-9_]*$, found 'no good'
+recipes.dynat.iner={} | : unknown key; did you mean 'inner'?
+recipes.dynat.inner.loss=KL | : must be 'ce', 'kl' or 'ce_dynamic', found 'KL'
+recipes.dynat.inner={loss: ce, start: uniform, steps: 1, epsilon: .01, step: .1} | recipes.dynat.inner.step: m
+recipes.dynat.inner.stop={threshold: [1]} | recipes.dynat.inner.stop.threshold: has too few entries
+recipes.dynat.awp={gama: 1} | recipes.dynat.awp.gama: unknown key; did you mean 'gamma'?
+recipes.dynat.schedule.drops={x: 1} | recipes.dynat.schedule.drops.x: must be a whole number, found 'x'
+recipes.dynat.schedule.drops={"5": 1, "05": 2} | : must have each number once, found {'05': 2, '5': 1}
+recipes.dynat.per_study.digit={} | : unknown; did you mean 'digits'?
+recipes.dynat.per_study.digits.inner.los=1 | : unknown key; did you mean 'loss'?
+recipes.dynat.per_study.digits.per_study={} | : cannot stand inside itself
+""".strip().splitlines()
+
+
+@pytest.mark.parametrize("case", WRONG)
+def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(case: str) -> None:
+    override, expected = case.split(" | ")
+    path, _, text = override.partition("=")
+    value = {"HUGE": 10**400, "ENORMOUS": 10**5000, "NINES": "9" * 5000, "": GONE}.get(
+        text
+    ) or yaml.safe_load(text)
+    message = refusal(changed(path.removeprefix("~"), value))
+    assert message.startswith(path.removeprefix("~") + expected if expected[0] == ":" else expected)
+
+
+def test_a_variant_without_a_guide_is_refused() -> None:
+    swapped = {**changed("variants", ["pgd_at"]), "baselines": ["dynat"]}
+    assert refusal(swapped) == "variants: 'pgd_at' trains no guide; select it in baselines"
+
+
+def test_an_empty_selection_is_refused_before_it_empties_the_tables() -> None:
+    nothing = {**changed("variants", []), "baselines": []}
+    assert refusal(nothing).startswith("baselines: must name a method")
+
+
+@pytest.mark.parametrize("values", [None, [], 3, "text", {}, {3: 4}, {None: 1}, {(1, 2): 1}, {"\x1b[2J": 1}])
+def test_what_is_no_params_file_at_all_is_refused(values: object) -> None:
+    assert refusal(values)
+
+
+NOT_YAML = {
+    "": "must hold keys such as settings, study and recipes",
+    "alpha: 1\nseeds: [0\n": "line 3: expected",
+    "alpha: 1\nalpha: 2\n": "line 2: 'alpha' stands there twice",
+    "study: {digits: {}, digits: {}}\n": "line 1: 'digits' stands there twice",
+    "alpha: &a 1\n": "line 1: write the values out instead of the anchor or alias 'a'",
+    "study: {a: &a {b: *a}}\n": "line 1: write the values out instead of the anchor or alias 'a'",
+    "recipes:\n  a: *b\n": "line 2: write the values out instead of the anchor or alias 'b'",
+    "<<: {alpha: 1}\n": "'<<': unknown key",
+    "? [1, 2]\n: 3\n": "line 1: a key must be a plain word or number",
+    "alpha: !!python/object/apply:os.system [id]\n": "line 1: could not determine a constructor",
+    "alpha: " + "[" * 500 + "]" * 500: "is nested too deeply",
+    "\x00\x01": "cannot be read: ",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize(("text", "message"), NOT_YAML.items(), ids=range(len(NOT_YAML)))
+def test_broken_yaml_is_refused_in_one_line(tmp_path: Path, text: str, message: str) -> None:
+    assert refused_file(tmp_path, text.encode()).startswith(message)
+
+
+def test_a_binary_file_and_a_folder_are_refused_in_one_line(tmp_path: Path) -> None:
+    assert refused_file(tmp_path, b"\x80\x81\xff" * 100).startswith("cannot be read: ")
+    (tmp_path / "params.yaml").unlink()
+    with pytest.raises(UserError, match=r"params.yaml: not found; run from the top of the repository"):
+        load(tmp_path / "params.yaml")
+    (tmp_path / "params.yaml").mkdir()
+    with pytest.raises(UserError, match="cannot be read"):
+        load(tmp_path / "params.yaml")
+
+
+def refused_file(folder: Path, content: bytes) -> str:
+    (folder / "params.yaml").write_bytes(content)
+    with pytest.raises(UserError) as caught:
+        load(folder / "params.yaml")
+    message = str(caught.value).removeprefix(f"{folder}/")
+    assert_one_line(message)
+    return message.removeprefix("params.yaml: ")
+
+
+words = st.sampled_from(["8/255", "1e999", "nan", "~", "digits", "dynat", "pgd_at", "ce", "mse", "guide"])
+numbers = st.integers() | st.integers(-(10**500), 10**500) | st.floats()
+scalars = st.none() | st.booleans() | numbers | words | st.text(max_size=20)
+known = st.sampled_from(["inner", "outer", "awp", "per_study", "epsilon", "alpha"])
+keys = st.text(max_size=8) | st.integers(-5, 200) | st.none() | known
+anything = st.recursive(
+    scalars, lambda s: st.lists(s, max_size=3) | st.dictionaries(keys, s, max_size=3), max_leaves=8
+)
+
+
+def places(values: Any) -> list[tuple[Any, Any]]:
+    """Every (section, key) and (list, index) of the tree."""
+    pairs = list(values.items()) if isinstance(values, dict) else list(enumerate(values))
+    below = [place for _, inner in pairs if isinstance(inner, dict | list) for place in places(inner)]
+    return [(values, key) for key, _ in pairs] + below
+
+
+@settings(max_examples=150, deadline=None, suppress_health_check=SLOW_DATA)
+@given(st.data())
+def test_any_change_of_any_value_is_accepted_or_refused_in_one_line(data: st.DataObject) -> None:
+    tree = copy.deepcopy(SMALL)
+    for _ in range(data.draw(st.integers(1, 2))):
+        section, key = data.draw(st.sampled_from(places(tree)))
+        if (how := data.draw(st.sampled_from(["replace", "add", "delete"]))) == "delete":
+            del section[key]
+        elif how == "add" and isinstance(section, dict):
+            section[data.draw(keys)] = data.draw(anything)
+        else:
+            section[key] = data.draw(anything)
+    try:
+        params = parse(tree)
+    except UserError as error:
+        assert_one_line(str(error))
+    else:  # then every cell of the matrix can be asked for
+        assert all(params.recipe(setting, method) for setting in params.study for method in params.recipes)
+
+
+@settings(max_examples=60, deadline=None)
+@given(
+    st.integers(0, 10**6), st.text(max_size=12) | st.text(string.punctuation + "\n\t a0"), st.integers(0, 9)
+)
+def test_any_text_in_the_file_is_accepted_or_refused_in_one_line(
+    tmp_path_factory: pytest.TempPathFactory, at: int, noise: str, lost: int
+) -> None:
+    text = yaml.safe_dump(SMALL, sort_keys=False, default_flow_style=None)
+    at %= len(text)
+    path = tmp_path_factory.getbasetemp() / "params.yaml"
+    path.write_bytes((text[:at] + noise + text[at + lost :]).encode("utf-8", "surrogatepass"))
+    try:
+        load(path)
+    except UserError as error:
+        assert_one_line(str(error).removeprefix(f"{path.parent}/"))
+
+
+def test_more_test_images_than_the_study_keeps_cannot_be_attacked() -> None:
+    cifar10 = {**TREE["study"]["cifar10_wrn34_10"]["data"], "test": 9}
+    assert "n: 200 is more than the 9 test images" in refusal(changed("study.digits.data", cifar10))
+
+
+def test_a_compiled_inner_loop_and_pinned_bits_exclude_each_other() -> None:
+    tree = changed("study.digits.train.compile", True)
+    both = refusal(tree)
+    assert both.startswith("study.digits.train.compile: ")
+    assert "machine.instructions=avx2" in both
+    tree["study"]["digits"]["machine"]["instructions"] = None
+    assert parse(tree).study["digits"].train.compile
+
+
+def test_dvc_tracks_the_values_that_are_used() -> None:
+    ours, tracked = load(FILE), parse(TREE)
+    assert ours.study == tracked.study
+    for setting, method in itertools.product(ours.study, ours.recipes):
+        assert ours.recipe(setting, method) == tracked.recipe(setting, method)

@@ -1,0 +1,144 @@
+"""Two steps of a recipe leave weights, momenta and running statistics as the published steps leave them."""
+
+import copy
+
+import pytest
+import torch
+from published_steps import (
+    Published,
+)
+from step_cases import (
+    CASES,
+    PARAMS,
+    draw,
+    networks,
+    shipped,
+)
+from torch import Tensor
+
+from dynat.config.recipe import Recipe
+from dynat.methods.step import Batch, Engine, Outcome
+from dynat.networks.architectures import build
+
+
+def test_every_recipe_of_params_is_among_the_cases() -> None:
+    assert PARAMS["recipes"].keys() <= CASES.keys()
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_two_steps_equal_the_published_ones(name: str) -> None:
+    choice, published_step, rates = CASES[name]
+    target, guide = networks()
+    run = Published(copy.deepcopy(target), copy.deepcopy(guide), choice.schedule.weight_decay)
+    engine = Engine(choice, target, guide if choice.needs_guide else None)
+    for seed, (epoch, rate) in enumerate(rates.items(), start=20):
+        batch = draw(choice, seed)
+        engine.set_epoch(epoch)
+        outcome = engine.step(batch)
+        run.epoch, run.lr = epoch, rate
+        of_target, of_guide = published_step(run, batch)
+        assert outcome.target_loss.item() == pytest.approx(of_target.item(), rel=1e-9)
+        assert outcome.guide_loss.item() == pytest.approx(of_guide.item(), rel=1e-9)
+    velocities = dict(zip(map(id, engine.optimizer.parameters), engine.optimizer.velocity, strict=True))
+    for ours, theirs in ((target, run.t), (guide, run.g)):
+        for (key, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
+            assert torch.allclose(a, b, rtol=1e-8, atol=1e-11), key
+        for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
+            zero = torch.zeros_like(mine)
+            velocity, published = velocities.get(id(mine), zero), run.momentum.get(id(other), zero)
+            assert torch.allclose(velocity, published, rtol=1e-8, atol=1e-11), key
+
+
+# ------------------------------------------------------------------------------- who learns from what
+
+
+def after_step(choice: Recipe, epoch: int = 20) -> tuple[dict[str, Tensor], dict[str, Tensor], Outcome]:
+    target, guide = networks()
+    engine = Engine(choice, target, guide)
+    engine.set_epoch(epoch)
+    outcome = engine.step(draw(choice, 20))
+    return target.state_dict(), guide.state_dict(), outcome
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return all(torch.equal(a[key], b[key]) for key in a)
+
+
+@pytest.mark.parametrize("name", ["dynat", "dynat_inner", "dynat_inner_awp", "dynat_inner_gairat"])
+def test_target_and_guide_get_no_gradient_from_each_others_loss(name: str) -> None:
+    choice = CASES[name][0]
+    target, guide, _ = after_step(choice, 70)
+    other_target, same_guide, _ = after_step(choice.model_copy(update={"alpha": 7.0}), 70)
+    assert same(guide, same_guide)
+    assert not same(target, other_target)
+    smoothing = choice.smoothing.model_copy(update={"guide": 0.3})
+    same_target, other_guide, _ = after_step(choice.model_copy(update={"smoothing": smoothing}), 70)
+    assert same(target, same_target)
+    assert not same(guide, other_guide)
+
+
+def test_lbgats_mse_trains_both_networks() -> None:
+    choice = CASES["lbgat0"][0]
+    target, guide, _ = after_step(choice)
+    other_target, other_guide, _ = after_step(choice.model_copy(update={"alpha": 7.0}))
+    assert not same(guide, other_guide)
+    assert not same(target, other_target)
+
+
+def test_smoothing_of_the_target_changes_its_loss_alone_and_as_the_formula_says() -> None:
+    choice = CASES["dynat_inner"][0]
+    losses = []
+    for amount in (0.0, 0.2, 0.4):
+        smoothing = choice.smoothing.model_copy(update={"target": amount})
+        losses.append(after_step(choice.model_copy(update={"smoothing": smoothing}))[2])
+    zero, fifth, double = (outcome.target_loss.item() for outcome in losses)
+    assert double - zero == pytest.approx(2 * (fifth - zero), rel=1e-9)  # linear in the amount
+    assert fifth != pytest.approx(zero)
+    assert len({outcome.guide_loss.item() for outcome in losses}) == 1
+
+
+def test_guide_accuracy_of_a_step_is_counted_before_the_update() -> None:
+    choice = CASES["dynat_inner"][0]
+    _, guide = networks()
+    batch = draw(choice, 20)
+    expected = sum(
+        row.index(max(row)) == y
+        for row, y in zip(guide.train()(batch.images).tolist(), batch.truth.tolist(), strict=True)
+    )
+    assert after_step(choice)[2].guide_correct.item() == expected
+
+
+def test_learning_rate_of_lbgat_over_its_epochs() -> None:
+    engine = Engine(CASES["dynat_inner"][0], *networks())
+    for epochs, rate in (
+        (range(1), 0.02),
+        (range(1, 75), 0.1),
+        (range(75, 90), 0.01),
+        (range(90, 100), 0.001),
+    ):
+        for epoch in epochs:
+            engine.set_epoch(epoch)
+            assert engine.optimizer.lr == pytest.approx(rate)
+
+
+# --------------------------------------------------------------------- what a step does not do
+
+
+@pytest.mark.parametrize("fold", [False, True])
+@pytest.mark.parametrize("name", PARAMS["recipes"])
+def test_no_step_reads_a_value_from_the_device(name: str, fold: bool) -> None:
+    """Tensors without values: whoever asks for one, as ``.item()`` and ``.nonzero()`` do, fails."""
+    choice = shipped(name)
+    with torch.device("meta"):
+        target, guide = (build("resnet", 5, 3, blocks=[1, 1], strides=[1, 2], width=4) for _ in range(2))
+        images, truth = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+        stop = choice.inner.stop
+        jitter = torch.randn(choice.inner.steps, *images.shape) if stop and stop.noise else None
+    engine = Engine(choice, target, guide if choice.needs_guide else None, fold=fold)
+    engine.set_epoch(choice.schedule.epochs - 1)  # past every burn-in
+    for _ in range(2):
+        outcome = engine.step(Batch(images, truth, torch.rand_like(images), jitter))
+    assert outcome.target_loss.shape == ()
+    for reading in (outcome.target_loss.item, truth.nonzero, lambda: images[truth > 0]):
+        with pytest.raises((RuntimeError, NotImplementedError)):
+            reading()

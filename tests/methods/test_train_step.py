@@ -1,0 +1,120 @@
+"""The engine trains as the published transcription that it is timed against: losses, band, end result."""
+
+import copy
+from itertools import cycle
+
+import pytest
+import torch
+from sklearn.datasets import load_digits
+from torch import nn
+
+from benchmarks.published import STEPS, Published
+from benchmarks.train_step import batches, engine_of, networks
+from dynat.config.params import load
+from dynat.config.recipe import Recipe, rescale
+from dynat.data.splits import Splits
+from dynat.methods import attacks
+from dynat.methods.estimate import work_per_image
+from dynat.methods.training import Training
+from dynat.networks.architectures import multiply_adds
+
+PARAMS = load()
+CPU = torch.device("cpu")
+BAND = 0.1  # relative, of bf16 losses over 20 steps against float32
+KL = ("trades", "dynat")  # near x their attack's gradient is rounding alone, and the step takes its sign
+
+
+def losses(method: str, precision: torch.dtype, steps: int = 20) -> list[list[tuple[float, float]]]:
+    """Losses (target, guide) per step of the transcription and of the engine, on the same batches.
+
+    ``precision`` is the engine's; the transcription is float64 where the engine is, else float32.
+    """
+    recipe = slower(PARAMS.recipes[method])
+    target, guide, shape = networks("cnn", recipe, CPU)
+    both = torch.float64 if precision == torch.float64 else torch.float32
+    for network in filter(None, (target, guide)):
+        network.to(both)
+    published = Published(method, recipe, copy.deepcopy(target), copy.deepcopy(guide))
+    engine = engine_of(
+        recipe, target, guide, torch.bfloat16 if precision == torch.bfloat16 else torch.float32
+    )
+    rows: list[list[tuple[float, float]]] = [[], []]
+    for plain, _ in zip(cycle(batches(recipe, shape, 16, 4, CPU)), range(steps), strict=False):
+        batch = plain._replace(images=plain.images.to(both), start=plain.start.to(both))
+        theirs, ours = published.step(batch), engine.step(batch)
+        rows[0].append((theirs[0].item(), theirs[1].item()))
+        rows[1].append((ours.target_loss.item(), ours.guide_loss.item()))
+    return rows
+
+
+def slower(recipe: Recipe) -> Recipe:
+    """A learning rate at which rounding is not amplified from step to step."""
+    return recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"lr": 0.01})})
+
+
+@pytest.mark.parametrize("method", STEPS)
+@pytest.mark.parametrize("precision", [torch.float32, torch.float64])
+def test_losses_agree_to_rounding_over_20_steps(method: str, precision: torch.dtype) -> None:
+    published, engine = losses(method, precision)
+    assert published[0][0] != published[-1][0]
+    rounding = 1e-9 if precision == torch.float64 else 1e-2 if method in KL else 1e-5
+    for theirs, ours in zip(published, engine, strict=True):
+        assert ours == pytest.approx(theirs, rel=rounding)
+
+
+@pytest.mark.parametrize("method", STEPS)
+def test_in_bfloat16_losses_stay_within_the_stated_band_over_20_steps(method: str) -> None:
+    published, engine = losses(method, torch.bfloat16)
+    assert published != engine
+    for theirs, ours in zip(published, engine, strict=True):
+        assert ours == pytest.approx(theirs, rel=BAND)
+
+
+def test_model_flops_are_counted_as_stated() -> None:
+    for method, forwards, guide in (
+        ("dynat_inner", 20 + 3 + 1, 3),
+        ("dynat", 21 + 3 + 1, 3),
+        ("trades", 27, 0),
+    ):
+        recipe = PARAMS.recipes[method]
+        target, teacher, shape = networks("cnn", recipe, CPU)
+        work = work_per_image(engine_of(recipe, target, teacher, torch.float32), shape)
+        assert work == (forwards + guide) * multiply_adds(target, shape)  # both networks are alike
+
+
+@pytest.mark.slow
+def test_both_train_digits_to_the_same_robust_accuracy() -> None:
+    study = PARAMS.study["digits"]
+    train = study.train.model_copy(update={"epochs": 6})
+    recipe = rescale(PARAMS.recipes["dynat_inner"], train)
+    target, guide, _ = networks("cnn", recipe, CPU)
+    published = Published("dynat_inner", recipe, copy.deepcopy(target), copy.deepcopy(guide))
+    engine = engine_of(recipe, target, guide, torch.float32)
+    training = Training(engine, train, digits(), 0)
+    for epoch in range(recipe.schedule.epochs):
+        engine.set_epoch(epoch)
+        published.optimizer.param_groups[0]["lr"] = engine.optimizer.lr
+        for batch in training.batches(epoch):
+            engine.step(batch)
+            published.step(batch)
+    ours, theirs = (robust_accuracy(network) for network in (engine.target, published.target))
+    assert min(ours, theirs) > 0.3  # a guess has 0.1
+    assert abs(ours - theirs) < 0.06  # of 400 images: 2.5 standard errors of one accuracy
+
+
+def digits() -> Splits:
+    bunch = load_digits()
+    images = torch.tensor(bunch.images * 255 / 16).round().to(torch.uint8)[:, None]
+    labels = torch.tensor(bunch.target)
+    nothing = (images[:0], labels[:0])
+    return Splits(images[400:], labels[400:], *nothing, images[:400], labels[:400], ("",) * 10)
+
+
+def robust_accuracy(network: nn.Module) -> float:
+    """PGD-20 from the images themselves."""
+    splits, epsilon = digits(), PARAMS.study["digits"].attack.epsilon
+    x, y = splits.test_images.float() / 255, splits.test_labels
+    network.eval()
+    loss = attacks.cross_entropy(y)
+    adversarial = attacks.ascend(network, loss, x, x, epsilon=epsilon, step=epsilon / 4, steps=20)
+    return (network(adversarial).argmax(1) == y).float().mean().item()

@@ -1,0 +1,170 @@
+"""A training as a whole: batches, selection, resume, and losses that are not finite."""
+
+import io
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import yaml
+from torch import Tensor
+
+from dynat.config.params import load, parse
+from dynat.config.recipe import Recipe, Train
+from dynat.data.sources import prepare
+from dynat.data.splits import Splits
+from dynat.errors import UserError
+from dynat.methods.setup import set_up
+from dynat.methods.step import Batch, Engine, Outcome
+from dynat.methods.training import Training
+from dynat.networks.architectures import build
+from dynat.runtime import machine as environment
+from dynat.runtime.stage import Run
+
+RECIPES = load().recipes
+TRAIN = Train(epochs=3, steps=2, batch=20, pad=1, flip=False, validation_steps=2)
+
+
+def data(validation: int = 20) -> Splits:
+    random = torch.Generator().manual_seed(0)
+
+    def split(count: int) -> tuple[Tensor, Tensor]:
+        images = torch.randint(0, 256, (count, 1, 8, 8), dtype=torch.uint8, generator=random)
+        return images, torch.randint(0, 4, (count,), generator=random)
+
+    train, held_out, test = split(50), split(validation), split(20)
+    return Splits(*train, *held_out, *test, ("a", "b", "c", "d"))
+
+
+def training(name: str, seed: int = 0, **changes: Any) -> Training:
+    recipe = Recipe(**{**RECIPES[name].model_dump(exclude={"per_study"}), **changes})
+    torch.manual_seed(seed)
+    target = build("cnn", 4, 1, width=8, depth=1)
+    guide = build("cnn", 4, 1, width=8, depth=1) if recipe.needs_guide else None
+    return Training(Engine(short(recipe), target, guide), TRAIN, data(), seed)
+
+
+def short(recipe: Recipe) -> Recipe:
+    """The recipe on three epochs and two attack steps."""
+    values = recipe.model_dump()
+    values["schedule"].update(epochs=3, drops={2: 0.1})
+    values["inner"]["steps"] = min(2, values["inner"]["steps"])
+    values["weights"]["begin"] = min(1, values["weights"]["begin"])
+    if values["awp"]:
+        values["awp"]["begin"] = 1
+    if values["inner"]["stop"]:
+        values["inner"]["stop"].update(budget={0: 0, 1: 1}, ramp_until=2)
+    return Recipe(**values)
+
+
+def bits(run: Training) -> bytes:
+    """All that a training leaves, as bytes."""
+    file = io.BytesIO()
+    torch.save(run.state(), file)
+    return file.getvalue()
+
+
+@pytest.mark.parametrize("name", sorted(RECIPES))
+def test_a_resumed_training_ends_with_the_bits_of_an_uninterrupted_one(name: str) -> None:
+    straight = training(name)
+    assert straight.run(lambda _: None)
+    first = training(name)
+    kept: list[bytes] = []
+    assert not first.run(lambda _: kept.append(bits(first)), lambda: len(kept) == 2)
+    resumed = training(name, seed=0)
+    resumed.restore(torch.load(io.BytesIO(kept[-1]), weights_only=True))
+    assert resumed.progress.epoch == 2
+    assert resumed.run(lambda _: None)
+    for mine, other in zip(
+        resumed.networks["target"].state_dict().values(),
+        straight.networks["target"].state_dict().values(),
+        strict=True,
+    ):
+        assert torch.equal(mine, other)
+    assert resumed.progress.history == straight.progress.history
+    assert resumed.progress.trace == straight.progress.trace
+    assert resumed.progress.best_epoch == straight.progress.best_epoch
+
+
+def test_batches_are_a_function_of_seed_and_epoch_and_hold_every_image_once() -> None:
+    run = training("dynat")
+    again, other = list(run.batches(1)), list(run.batches(2))
+    for a, b in zip(run.batches(1), again, strict=True):
+        assert torch.equal(a.images, b.images)
+        assert torch.equal(a.start, b.start)
+    assert not torch.equal(again[0].images, other[0].images)
+    assert [len(batch.truth) for batch in again] == [20, 20, 10]  # the last, smaller batch is kept
+    counts = torch.bincount(torch.cat([batch.truth for batch in again]), minlength=4)
+    assert torch.equal(counts, torch.bincount(run.data.train_labels, minlength=4))
+
+
+def test_the_kept_weights_are_those_of_the_best_held_out_epoch() -> None:
+    run = training("pgd_at")
+    after: list[dict[str, Tensor]] = []
+    run.run(lambda _: after.append({k: v.clone() for k, v in run.engine.target.state_dict().items()}))
+    scores = [row["validation_robust"] for row in run.progress.history]
+    best = max(range(3), key=lambda epoch: (scores[epoch], epoch))
+    assert run.progress.best_epoch == best
+    assert all(torch.equal(run.progress.best["target"][key], value) for key, value in after[best].items())
+
+
+def test_a_loss_that_is_not_finite_stops_the_training_in_one_line() -> None:
+    run = training("pgd_at")
+    with torch.no_grad():
+        next(run.engine.target.parameters()).fill_(float("nan"))
+    with pytest.raises(UserError, match=r"not finite in epoch 0.*learning rate") as error:
+        run.run(lambda _: None)
+    assert "\n" not in str(error.value)
+    assert run.progress.history == []
+
+
+def test_weights_that_the_last_step_of_an_epoch_ruined_are_never_kept(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    run = training("pgd_at")
+    step, done = run.engine.step, 0
+
+    def ruinous(batch: Batch) -> Outcome:
+        nonlocal done
+        outcome = step(batch)
+        done += 1
+        if done == run.batches_per_epoch:  # its loss was finite: it is that before the update
+            with torch.no_grad():
+                next(run.engine.target.parameters()).fill_(float("nan"))
+        return outcome
+
+    monkeypatch.setattr(run.engine, "step", ruinous)
+    with pytest.raises(UserError, match="a weight of the target is not finite after epoch 0"):
+        run.run(lambda _: None)
+    assert run.progress.best == {}
+    assert run.progress.history == []
+
+
+def test_a_batch_larger_than_the_data_is_refused() -> None:
+    run = training("pgd_at")
+    with pytest.raises(UserError, match=r"train.batch: 60 is larger than the 50"):
+        Training(run.engine, TRAIN.model_copy(update={"batch": 60}), run.data, 0)
+
+
+def test_a_training_in_another_precision_has_a_resume_state_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    values = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
+    values["study"]["digits"]["machine"] = {"device": "auto"}
+    values["study"]["digits"]["train"]["precision"] = "auto"
+    params = parse(values)
+    monkeypatch.chdir(tmp_path)
+    prepare(params.study["digits"].data, Path("data/digits.safetensors"), "study.digits.data")
+    monkeypatch.setattr(environment, "device_of", lambda machine: torch.device("cpu"))
+    keys = {}
+    for fast, name in ((False, "fp32"), (True, "bf16")):
+        monkeypatch.setattr(environment, "fast_bf16", lambda device, fast=fast: fast)
+        run, _, keys[name] = set_up(Run("digits", "pgd_at", 0, params))
+        assert run.precision == name
+    assert keys["fp32"] != keys["bf16"]
+
+
+def test_a_crop_that_could_miss_the_image_is_refused_before_the_first_step() -> None:
+    wide = TRAIN.model_copy(update={"pad": 8})
+    with pytest.raises(UserError, match=r"train\.pad: 8 must be below 8"):
+        Training(training("pgd_at").engine, wide, data(), 0)

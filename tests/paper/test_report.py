@@ -1,0 +1,210 @@
+"""The report: one file without network or scripts, the same bytes each time, every number with its source."""
+
+import base64
+import re
+import shlex
+import subprocess
+import sys
+from html.parser import HTMLParser
+from pathlib import Path
+
+import numpy as np
+import pytest
+from safetensors.numpy import save_file
+from synthetic import COUNTS, history, params, put, write
+
+from dynat.paper.figures import against_epsilon
+from dynat.paper.images import data_uri, perturbed
+from dynat.paper.report import render, slug
+from dynat.paper.tabulation import tabulate
+
+BASELINES, VARIANTS = ["trades", "gairat", "lbgat0"], ["dynat", "dynat_inner_gairat"]
+
+
+class Page(HTMLParser):
+    """Ids, links, loaded resources, tags and visible text of a page."""
+
+    def __init__(self, text: str) -> None:
+        super().__init__()
+        self.ids: list[str] = []
+        self.links: list[str] = []
+        self.resources: list[str] = []
+        self.tags: set[str] = set()
+        self.text: list[str] = []
+        self.feed(text)
+
+    def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
+        self.tags.add(tag)
+        for name, value in attrs:
+            if name == "id":
+                self.ids.append(value or "")
+            if name == "href" and tag == "a":
+                self.links.append(value or "")
+            elif name in ("src", "srcset", "href", "xlink:href", "data", "poster", "action"):
+                self.resources.append(value or "")
+
+    def handle_data(self, data: str) -> None:
+        self.text.append(data)
+
+
+def fill(root: Path, warning: str = "zero gradient") -> None:
+    """Results of every method but trades, histories, an epsilon curve, data and a witness."""
+    for method in (*BASELINES[1:], *VARIANTS):
+        write(root, method, COUNTS, last=4, aa={40: 27}, autoattack={"warnings": [warning]})
+        history(root, method)
+    curve = {"checks": {}, "epsilon_curve": [[0, 97.0], [0.1, 40.5]], "model_sha256": "dynat-0"}
+    put(root / "metrics/sanity/toy/dynat/0.json", curve)
+    images = np.arange(10 * 3 * 8 * 8, dtype=np.int64).reshape(10, 3, 8, 8) % 251
+    (root / "data").mkdir()
+    natural = {"test_images": images.astype(np.uint8), "test_labels": np.arange(10)}
+    save_file(natural, root / "data/toy.safetensors")
+    broken = np.array([2, 5])
+    adversarial = (images[broken] / 255 + 8 / 255).clip(0, 1).astype(np.float32)
+    witness = {"best/pgd20/indices": broken, "best/pgd20/images": adversarial}
+    save_file(witness, root / "metrics/attack/toy/dynat/0.witness.safetensors")
+
+
+@pytest.fixture(scope="module")
+def results(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A filled folder."""
+    root = tmp_path_factory.mktemp("results")
+    fill(root)
+    return root
+
+
+@pytest.fixture(scope="module")
+def report(results: Path) -> str:
+    """Its report."""
+    return render(tabulate(params(BASELINES, VARIANTS), results), results)
+
+
+def test_nothing_is_loaded_from_elsewhere_and_nothing_runs(report: str) -> None:
+    page = Page(report)
+    assert not page.tags & {"script", "link", "iframe", "object", "embed", "form", "base"}
+    assert all(each.startswith(("data:image/bmp;base64,", "#")) for each in page.resources)
+    assert not re.search(r"@import|url\((?!#)|\son\w+=", report)
+    assert "default-src 'none'" in report
+    assert len(report.encode()) < 3_000_000
+
+
+def test_ids_are_unique_and_every_link_leads_somewhere(report: str, results: Path) -> None:
+    page = Page(report)
+    assert len(page.ids) == len(set(page.ids))
+    for link in page.links:
+        if link.startswith("#"):
+            assert link[1:] in page.ids, link
+        elif not link.startswith("https://arxiv.org/"):
+            assert (results / "metrics" / link).is_file(), link
+    for used in re.findall(r'(?:url\(#|xlink:href="#)([^)"]+)', report):
+        assert used in page.ids
+
+
+def test_every_number_opens_a_sheet_with_its_counts_and_command(report: str, results: Path) -> None:
+    found = tabulate(params(BASELINES, VARIANTS), results)
+    shown = [
+        e.key for tables in found.tables.values() for t in tables for row in t.rows for e in row if e.key
+    ]
+    assert len(shown) == 4 * (10 + 2)
+    sheets = dict(re.findall(r'<section class="audit" id="([^"]+)">(.*?)</section>', report, flags=re.DOTALL))
+    assert sheets.keys() == {f"a-{slug(key)}" for key in found.cells}  # also of a number in a CSV alone
+    assert len(sheets) == len(found.cells) > len(shown)
+    for key in shown:
+        assert f'<td id="n-{slug(key)}"><a href="#a-{slug(key)}">' in report
+    for sheet in sheets.values():
+        key = re.findall(r"<h4>(.*?)</h4>", sheet)[0]
+        command = re.findall(r"<pre>(.*?)</pre>", sheet)[0]
+        assert shlex.split(command) == ["uv", "run", "python", "-m", "dynat.audit", key]
+        assert found.cells[key].printed.text in sheet
+    assert "27 of 40 robust to AutoAttack" in sheets["a-toy-dynat-0-aa"]
+    assert "metrics/autoattack/toy/dynat/0.verdicts.json" in sheets["a-toy-dynat-0-aa"]
+    assert "74 of 100 robust to PGD-20" in sheets["a-toy-dynat-0-pgd20"]
+
+
+def test_published_values_and_rows_not_run_are_there(report: str) -> None:
+    text = " ".join(Page(report).text)
+    for published in ("89.16", "60.89", "62.30", "49.90"):
+        assert published in text
+    assert "trades" in text
+    assert "arXiv:2408.13102" in text
+    assert "CITATION.cff" in text
+
+
+def test_figures_of_the_paper_are_drawn_from_what_was_run(report: str, tmp_path: Path) -> None:
+    captions = re.findall(r"<figcaption>(.*?)</figcaption>", report)
+    for words in (
+        "DYNAT against LBGAT",
+        "Clean accuracy",
+        "GAIRAT against",
+        "radius of PGD-20",
+        "PGD-20 makes dynat",
+    ):
+        assert sum(words in caption for caption in captions) == 1, words
+    empty = render(tabulate(params(["trades"], ["dynat"]), tmp_path), tmp_path)
+    assert "<figure>" not in empty
+
+
+def test_figures_take_their_colours_from_the_page(report: str) -> None:
+    svg = "".join(re.findall(r"<svg.*?</svg>", report, flags=re.DOTALL))
+    assert "currentColor" in svg
+    assert "var(--c0)" in svg
+    assert not re.search(r"#[0-9a-fA-F]{6}\b|black|white", svg)
+    assert "prefers-color-scheme: dark" in report
+
+
+def test_text_from_results_is_escaped(tmp_path: Path) -> None:
+    fill(tmp_path, warning="<script>alert(1)</script>")
+    assert "<script" not in render(tabulate(params(BASELINES, VARIANTS), tmp_path), tmp_path)
+
+
+def test_images_are_those_of_data_and_witness(results: Path) -> None:
+    grid = perturbed(results, "toy", "dynat", 0)
+    assert [(index, label) for index, label, _ in grid] == [(2, 2), (5, 5)]
+    natural, adversarial, difference = grid[0][2]
+    expected = np.arange(10 * 3 * 8 * 8).reshape(10, 3, 8, 8)[2] % 251
+    assert (natural == expected).all()
+    assert (adversarial == np.minimum(expected + 8, 255)).all()
+    assert difference.max() == 255  # all of it points up: grey plus the whole upper half
+    assert difference.min() >= 127
+
+
+def test_an_attack_that_broke_nothing_has_no_images(tmp_path: Path) -> None:
+    fill(tmp_path)
+    none = {
+        "best/pgd20/indices": np.zeros(0, np.int64),
+        "best/pgd20/images": np.zeros((0, 3, 8, 8), np.float32),
+    }
+    save_file(none, tmp_path / "metrics/attack/toy/dynat/0.witness.safetensors")
+    assert perturbed(tmp_path, "toy", "dynat", 0) == []
+    assert perturbed(tmp_path, "toy", "dynat", 0, attack="pgd7") == []
+
+
+def test_bitmap_holds_the_pixels_unchanged() -> None:
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (3, 5, 4), dtype=np.uint8
+    )  # rows of 12 bytes: no padding
+    data = base64.b64decode(data_uri(pixels).partition(",")[2])
+    offset = int.from_bytes(data[10:14], "little")
+    rows = np.frombuffer(data[offset:], np.uint8).reshape(5, 4, 3)[::-1, :, ::-1]  # bottom row first, BGR
+    assert (rows.transpose(2, 0, 1) == pixels).all()
+
+
+@pytest.mark.slow
+def test_report_is_the_same_to_the_byte_in_another_process(report: str, results: Path) -> None:
+    program = (
+        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import synthetic\n"
+        "from dynat.paper.report import render; from dynat.paper.tabulation import tabulate\n"
+        f"found = tabulate(synthetic.params({BASELINES}, {VARIANTS}), Path(sys.argv[1]))\n"
+        "sys.stdout.buffer.write(render(found, Path(sys.argv[1])).encode())"
+    )
+    command = [sys.executable, "-c", program, str(results), str(Path(__file__).parents[1])]
+    again = subprocess.run(
+        command, check=True, capture_output=True, env={"PYTHONHASHSEED": "5", "TZ": "Asia/Tokyo"}
+    )
+    assert again.stdout.decode() == report
+
+
+def test_a_methods_curve_against_epsilon_is_the_mean_over_its_seeds() -> None:
+    seeds = [[(0.0, 90.0), (0.1, 50.0), (1.0, 0.0)], [(0.0, 96.0), (0.1, 60.0), (1.0, 0.0)]]
+    mean = [[(0.0, 93.0), (0.1, 55.0), (1.0, 0.0)]]
+    drawn = [against_epsilon("curve", {"dynat": curves}, set()) for curves in (seeds, mean, seeds[:1])]
+    assert drawn[0] == drawn[1] != drawn[2]

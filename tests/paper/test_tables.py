@@ -1,0 +1,278 @@
+"""Tables print what the verdicts count, keep what was not run, and refuse or mark what would mislead."""
+
+import json
+import re
+import statistics
+from pathlib import Path
+
+import pytest
+from synthetic import COUNTS, binary, files, hexadecimal, params, put, raised, records, rows, stated, write
+
+from dynat.errors import UserError
+from dynat.paper.tables import Count, printed, radius
+from dynat.paper.tabulation import tabulate
+
+# ----------------------------------------------------------------------------------------- what is printed
+
+
+def test_one_seed_prints_accuracy_and_wilson_interval_of_its_verdicts(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    row = rows(text)["pgd_at"]
+    for column, (robust, n) in {"Clean": (97, 100), "PGD-20": (74, 100), "AA": (27, 40)}.items():
+        expected = stated(robust, n)
+        assert row[column] == f"{100 * robust / n:.2f} [{expected['low']:.1f}, {expected['high']:.1f}]"
+    assert "Clean (n=100)" in text
+    assert "AA (n=40)" in text
+    assert "ε = 8/255" in text
+
+
+def test_several_seeds_print_mean_and_sample_standard_deviation(tmp_path: Path) -> None:
+    for seed, extra in enumerate((0, 3, 4)):
+        write(
+            tmp_path, "pgd_at", {k: v - 5 + extra for k, v in COUNTS.items()}, seed=seed, aa={40: 20 + extra}
+        )
+    text = files(params(["pgd_at"], [], (0, 1, 2)), tmp_path)["metrics/tables/toy.md"]
+    pgd20, aa = [69, 72, 73], [50.0, 57.5, 60.0]
+    assert rows(text)["pgd_at"]["PGD-20"] == f"{statistics.mean(pgd20):.2f} ± {statistics.stdev(pgd20):.2f}"
+    assert rows(text)["pgd_at"]["AA"] == f"{statistics.mean(aa):.2f} ± {statistics.stdev(aa):.2f}"
+
+
+def test_all_is_the_mean_of_the_papers_five_attacks(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    assert rows(text)["pgd_at"]["All"] == f"{(76 + 74 + 73 + 71 + 67.5) / 5:.2f}"
+
+
+def test_all_stays_empty_until_every_attack_was_run(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    row = rows(files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"])["pgd_at"]
+    assert row["All"] == row["AA"] == ""
+    assert row["C&W"] != ""
+
+
+def test_last_epoch_stands_in_a_table_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, last=6)
+    row = rows(files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"], 1)["pgd_at"]
+    assert row["Clean, last"].startswith("91.00 ")
+    assert row["PGD-20, last"].startswith("68.00 ")
+    assert row["Epoch"] == "1 / 2"
+
+
+def test_a_row_not_run_stays_empty_in_its_place(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
+    write(tmp_path, "dynat", COUNTS, aa={40: 27})
+    found = files(params(["pgd_at", "trades"], ["dynat"]), tmp_path)
+    table = rows(found["metrics/tables/toy.md"])
+    assert list(table) == ["pgd_at", "trades", "dynat"]
+    assert set(table["trades"].values()) == {"trades", ""}
+    empty = [row for row in records(found["metrics/tables/toy.csv"]) if row["method"] == "trades"]
+    assert len(empty) == 10
+    assert not any(row["accuracy"] or row["cell"] for row in empty)
+
+
+def test_nothing_run_at_all_still_gives_every_table(tmp_path: Path) -> None:
+    found = files(params(["pgd_at"], ["dynat"]), tmp_path)
+    assert list(rows(found["metrics/tables/toy.md"])) == ["pgd_at", "dynat"]
+    assert json.loads(found["metrics/tables/cells.json"]) == {}
+    assert found["metrics/plots/training.csv"].startswith("setting,method,seed,epoch,")
+
+
+def test_autoattack_on_more_samples_gets_a_column_of_its_own(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27, 80: 50})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    head = next(line for line in text.splitlines() if line.startswith("| Method"))
+    assert re.findall(r"AA \(n=\d+\)", head) == ["AA (n=40)", "AA (n=80)"]
+    assert "62.50 [" in text
+
+
+@pytest.mark.parametrize(("epsilon", "text"), [(8 / 255, "8/255"), (0.031, "0.031"), (0.15, "0.15")])
+def test_epsilon_is_written_as_people_write_it(epsilon: float, text: str) -> None:
+    assert radius(epsilon) == text
+
+
+def test_seeds_with_unequal_attacks_are_no_average() -> None:
+    with pytest.raises(ValueError, match="unequal"):
+        printed([Count(0, 5, 10), Count(0, 6, 10), Count(1, 5, 10)])
+
+
+# ------------------------------------------------------------------------------------- what must not mislead
+
+
+def test_autoattack_warning_and_mixed_precision_become_footnotes(tmp_path: Path) -> None:
+    write(tmp_path, "trades", COUNTS, aa={40: 27})
+    odd = {"warnings": ["zero gradient"], "precision": "mixed"}
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27}, autoattack=odd)
+    text = files(params(["pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
+    for note in ("AutoAttack warned: zero gradient", "bf16"):
+        assert raised(text, note) in rows(text)["pgd_at"]["AA"]
+    assert rows(text)["trades"]["AA"].endswith("]")
+    assert rows(text)["pgd_at"]["PGD-20"].endswith("]")
+
+
+def test_an_average_is_marked_for_a_part_unlike_its_column(tmp_path: Path) -> None:
+    for method in ("pgd_at", "trades"):
+        write(tmp_path, method, COUNTS, aa={80: 50})
+    write(tmp_path, "mart", COUNTS, aa={40: 27}, autoattack={"epsilon": 0.031})
+    text = files(params(["mart", "pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
+    for note in ("AA: on the first n = 40 test images, unlike", "AA: ε = 0.031, unlike"):
+        assert raised(text, note) in rows(text)["mart"]["All"]
+    assert rows(text)["trades"]["All"].replace(".", "").isdigit()
+
+
+def test_a_training_in_bf16_is_marked(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, attack={"trained_in": "bf16"})
+    write(tmp_path, "trades", COUNTS, attack={"trained_in": "fp32"})
+    text = files(params(["pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
+    assert raised(text, "trained in bf16") in rows(text)["pgd_at"]["PGD-20"]
+    assert rows(text)["trades"]["PGD-20"].endswith("]")
+
+
+@pytest.mark.parametrize(
+    ("odd", "note"),
+    [
+        ({"n": 50}, "n = 50 test images, unlike the rest"),
+        ({"attack": {"epsilon": 0.031}}, "ε = 0.031, unlike the rest"),
+        ({"attack": {"attack_seed": 7}}, "attack seed 7, unlike the rest"),
+    ],
+)
+def test_a_number_unlike_its_column_is_marked(tmp_path: Path, odd: dict[str, object], note: str) -> None:
+    for method in ("pgd_at", "trades"):
+        write(tmp_path, method, COUNTS)
+    write(tmp_path, "mart", dict.fromkeys(COUNTS, 40), **odd)  # type: ignore[arg-type]
+    text = files(params(["mart", "pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
+    mark = raised(text, note)
+    assert all(value.endswith(mark) for key, value in rows(text)["mart"].items() if value and key != "Method")
+    assert not any(mark in value for value in rows(text)["trades"].values())
+
+
+def test_a_failed_sanity_check_is_marked_at_the_method(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    checks = {"monotone in epsilon": {"passed": False}, "split": {"passed": True}}
+    put(
+        tmp_path / "metrics/sanity/toy/pgd_at/0.json",
+        {"checks": checks, "model_sha256": "pgd_at-0"},
+    )
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    assert list(rows(text)) == ["pgd_at" + raised(text, "sanity check failed: monotone in epsilon")]
+    assert "split" not in text
+
+
+def test_checks_of_other_weights_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    put(tmp_path / "metrics/sanity/toy/pgd_at/0.json", {"checks": {}, "model_sha256": "other"})
+    with pytest.raises(UserError, match=r"metrics/sanity/toy/pgd_at/0\.json: checks of other weights"):
+        files(params(["pgd_at"], []), tmp_path)
+
+
+def test_seeds_that_are_missing_are_named(tmp_path: Path) -> None:
+    for seed in (0, 2):
+        write(tmp_path, "pgd_at", COUNTS, seed=seed)
+    text = files(params(["pgd_at"], [], (0, 1, 2)), tmp_path)["metrics/tables/toy.md"]
+    assert rows(text)["pgd_at"]["Clean"] == "97.00 ± 0.00" + raised(text, "training seed 0, 2 only")
+
+
+def test_autoattack_of_other_weights_is_refused_with_both_files(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27}, autoattack={"model_sha256": "other"})
+    with pytest.raises(UserError, match="other weights") as fault:
+        tabulate(params(["pgd_at"], []), tmp_path)
+    message = str(fault.value)
+    assert "metrics/autoattack/toy/pgd_at/0.json" in message
+    assert "metrics/attack/toy/pgd_at/0.json" in message
+    assert "dvc repro" in message
+    assert "\n" not in message
+
+
+def test_a_metric_that_its_verdicts_do_not_count_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    path = tmp_path / "metrics/attack/toy/pgd_at/0.json"
+    metrics = json.loads(path.read_text())
+    metrics["best"]["pgd20"]["accuracy"] += 1
+    put(path, metrics)
+    with pytest.raises(
+        UserError, match=r"metrics/attack/toy/pgd_at/0.json: best/pgd20 says 75.0 .* count 74.0 "
+    ):
+        tabulate(params(["pgd_at"], []), tmp_path)
+
+
+def test_one_changed_verdict_is_refused(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    path = tmp_path / "metrics/attack/toy/pgd_at/0.verdicts.json"
+    verdicts = json.loads(path.read_text())
+    flags = binary(verdicts["best"]["cw"]["robust"], 100)
+    verdicts["best"]["cw"]["robust"] = hexadecimal([False, *flags[1:]])
+    put(path, verdicts)
+    with pytest.raises(UserError, match="best/cw says"):
+        tabulate(params(["pgd_at"], []), tmp_path)
+
+
+def test_metrics_without_verdicts_are_refused(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    (tmp_path / "metrics/attack/toy/pgd_at/0.verdicts.json").unlink()
+    with pytest.raises(UserError, match=r"0.verdicts.json: missing"):
+        tabulate(params(["pgd_at"], []), tmp_path)
+
+
+@pytest.mark.parametrize("content", ["{", "[]", '{"epsilon": 1}', '{"model_sha256": "a", "best": 3}'])
+def test_metrics_that_no_stage_wrote_are_one_line(tmp_path: Path, content: str) -> None:
+    path = tmp_path / "metrics/attack/toy/pgd_at/0.json"
+    path.parent.mkdir(parents=True)
+    path.write_text(content)
+    with pytest.raises(UserError, match="toy/pgd_at/0") as fault:
+        tabulate(params(["pgd_at"], []), tmp_path)
+    assert "\n" not in str(fault.value)
+
+
+def lock_file(root: Path, versions: dict[str, str]) -> None:
+    """A ``dvc.lock`` in which stages (``attack_baseline@toy-mart-0``) ran with versions of one file."""
+    entries = "".join(
+        f"  {stage}:\n    cmd: x\n    deps:\n    - path: dynat/methods/attacks.py\n      hash: md5\n"
+        f"      md5: {md5}\n      size: 1\n    - path: data/toy.safetensors\n      hash: md5\n"
+        f"      md5: {stage.encode().hex()}\n      size: 1\n"
+        for stage, md5 in versions.items()
+    )
+    (root / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n{entries}")
+
+
+@pytest.mark.parametrize(
+    ("stage", "marked"), [("train", "Clean AA"), ("attack", "Clean"), ("autoattack", "AA")]
+)
+def test_a_number_that_other_code_made_than_its_column_is_marked(
+    tmp_path: Path, stage: str, marked: str
+) -> None:
+    methods = ("mart", "pgd_at", "dynat")
+    for method in methods:
+        write(tmp_path, method, COUNTS, aa={40: 27})
+    kinds = {"mart": "baseline", "pgd_at": "baseline", "dynat": "dynat"}
+    stages = [f"{s}_{kinds[m]}@toy-{m}-0" for s in ("train", "attack", "autoattack") for m in methods]
+    selection = params(["mart", "pgd_at"], ["dynat"])
+
+    lock_file(tmp_path, dict.fromkeys(stages, "same"))
+    same = files(selection, tmp_path)
+    (tmp_path / "dvc.lock").unlink()
+    assert files(selection, tmp_path) == same
+    lock_file(tmp_path, dict.fromkeys(stages, "same") | {f"{stage}_baseline@toy-mart-0": "other"})
+    text = files(selection, tmp_path)["metrics/tables/toy.md"]
+    mark = raised(
+        text, f"other code than for the rest of the column ({stage}: dynat/methods/attacks.py); run dvc repro"
+    )
+    for column in ("Clean", "AA"):
+        assert rows(text)["mart"][column].endswith(mark) == (column in marked.split())
+        assert not any(rows(text)[method][column].endswith(mark) for method in ("pgd_at", "dynat"))
+
+
+def test_a_lock_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS)
+    (tmp_path / "dvc.lock").write_text("stages: {a: [")
+    with pytest.raises(UserError, match=r"dvc.lock: cannot be read .*git checkout") as fault:
+        tabulate(params(["pgd_at"], []), tmp_path)
+    assert "\n" not in str(fault.value)
+
+
+def test_columns_on_fewer_images_than_those_beside_them_are_said_to_be(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    assert "AA: the first 40 test images alone" in text
+    write(tmp_path, "pgd_at", COUNTS, aa={100: 67})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    assert "test images alone" not in text

@@ -1,0 +1,378 @@
+"""Resume state: killed at any moment, damaged, or wanted by two, it is still right or absent."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from dynat.errors import UserError
+from dynat.runtime import resume
+from dynat.runtime.resume import ResumeStore
+
+CALLS = {"open", "listdir", "mkdir", "remove", "rename", "rmdir", "scandir", "truncate"}  # audited by Python
+# The children below run little Python and end in os._exit, so forking beside torch's threads is safe.
+forks = pytest.mark.filterwarnings("ignore:.*multi-threaded.*fork:DeprecationWarning")
+Action = Callable[[], None]
+
+
+@pytest.fixture(autouse=True)
+def root(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    monkeypatch.setenv("DVC_ROOT", str(tmp_path))
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def full(step: int) -> dict[str, Any]:
+    return {"step": step, "weights": [{"w": torch.full((257,), float(step))}], "name": "α", "none": None}
+
+
+def assert_is(state: dict[str, Any] | None, step: int) -> None:
+    assert state is not None
+    assert (state["step"], state["name"], state["none"]) == (step, "α", None)
+    assert torch.equal(state["weights"][0]["w"], torch.full((257,), float(step)))
+
+
+def in_child(work: Action) -> int:
+    """Start ``work`` in a forked process and return its pid; it exits 0, or 1 on any exception."""
+    pid = os.fork()
+    if pid == 0:
+        try:
+            work()
+            os._exit(0)
+        finally:
+            os._exit(1)
+    return pid
+
+
+def kill_before_call(number: int) -> None:
+    """Have SIGKILL strike this process just before its ``number``-th file system call from now."""
+    left = [number]
+
+    def strike(event: str, *_: object) -> None:
+        if event.removeprefix("os.") in CALLS:
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+
+    sync = os.fsync
+
+    def counted_sync(file: int) -> None:
+        strike("open")
+        sync(file)
+
+    os.fsync = counted_sync  # type: ignore[assignment]
+    sys.addaudithook(strike)
+
+
+def killed_at_every_call(*, prepare: Action, work: Action, check: Action) -> int:
+    """Run ``work`` with SIGKILL before its 0th, 1st, … call, checking each time; returns the kills."""
+    for number in range(200):
+        prepare()
+
+        def doomed(number: int = number) -> None:
+            kill_before_call(number)
+            work()
+
+        status = os.waitpid(in_child(doomed), 0)[1]
+        check()
+        if status == 0:
+            return number
+        assert os.WTERMSIG(status) == signal.SIGKILL
+    raise AssertionError("the work never ended")
+
+
+def test_two_generations_are_kept_and_the_newest_is_loaded(root: Path) -> None:
+    with ResumeStore("key") as store:
+        assert store.load() is None
+        for step in range(5):
+            store.save(full(step))
+        assert_is(store.load(), 4)
+        assert len(list(store.folder.glob("state-*"))) == 2
+    with ResumeStore("key") as store:
+        assert store.folder == root / ".dvc" / "tmp" / "dynat" / "key"
+        assert_is(store.load(), 4)
+    with ResumeStore("other") as store:
+        assert store.load() is None
+
+
+def truncated(path: Path) -> None:
+    os.truncate(path, path.stat().st_size // 2)
+
+
+def emptied(path: Path) -> None:
+    os.truncate(path, 0)
+
+
+def flipped(path: Path) -> None:
+    content = bytearray(path.read_bytes())
+    content[len(content) // 2] ^= 1
+    path.write_bytes(content)
+
+
+@pytest.mark.parametrize("damage", [truncated, emptied, flipped])
+def test_a_damaged_newest_generation_falls_back_one_and_says_so(
+    damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
+) -> None:
+    with ResumeStore("key") as store:
+        store.save(full(1))
+        store.save(full(2))
+        older, newest = sorted(store.folder.glob("state-*"))
+        damage(newest)
+    with ResumeStore("key") as store:
+        assert_is(store.load(), 1)
+        warning = capsys.readouterr().err
+        assert warning.count("\n") == 1
+        assert str(newest) in warning
+        assert "damaged" in warning
+        store.save(full(2))
+        assert older.exists(), "the sound generation must stay until two newer sound ones are there"
+        assert_is(store.load(), 2)
+        store.save(full(3))
+        assert not older.exists()
+        assert_is(store.load(), 3)
+    assert capsys.readouterr().err == ""
+
+
+def test_state_that_is_damaged_altogether_starts_anew_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
+    with ResumeStore("key") as store:
+        for step in range(3):
+            store.save(full(step))
+        for path in store.folder.glob("state-*"):
+            truncated(path)
+        assert store.load() is None
+    assert capsys.readouterr().err.count("damaged (") == 2
+
+
+class Payload:
+    def __reduce__(self) -> tuple[Any, ...]:
+        return os.mkdir, ("executed",)
+
+
+def test_a_payload_in_resume_state_is_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    with ResumeStore("key") as store:
+        resume._write_state(store.folder / "state-00000001.pt", {"step": 1, "evil": Payload()})
+        assert store.load() is None
+    assert not (tmp_path / "executed").exists()
+
+
+def test_state_that_could_not_be_read_back_is_refused_and_the_last_good_one_named() -> None:
+    with ResumeStore("key") as store:
+        store.save(full(1))
+        (good,) = store.folder.glob("state-*")
+        with pytest.raises(UserError, match=f"cannot be read back.*the last good state is {good}"):
+            store.save({"accuracy": np.float64(51.0)})
+        assert list(store.folder.glob("state-*")) == [good]
+        assert_is(store.load(), 1)
+
+
+def test_without_room_for_three_states_nothing_is_written_and_the_last_good_one_named(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    state = full(1) | {"large": torch.zeros(1 << 20)}
+    with ResumeStore("key") as store:
+        store.save(state)
+        before = sorted(os.listdir(store.folder))
+        usage = type("Usage", (), {"free": 3 * (4 << 20) - 1})
+        monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
+        with pytest.raises(
+            UserError, match=r"free space on that disk.*last good state is .*state-00000001\.pt"
+        ):
+            store.save(state)
+        assert sorted(os.listdir(store.folder)) == before
+
+
+def test_a_disk_that_fills_up_during_a_save_leaves_the_last_good_state_and_names_it(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    def refuse(file: int) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    with ResumeStore("key") as store:
+        store.save(full(1))
+        with monkeypatch.context() as patch:
+            patch.setattr(os, "fsync", refuse)
+            with pytest.raises(UserError, match=r"No space left.*last good state is .*state-00000001\.pt"):
+                store.save(full(2))
+        assert_is(store.load(), 1)
+        assert sorted(os.listdir(store.folder)) == ["lock", "state-00000001.pt", "token"]
+
+
+@forks
+def test_a_kill_before_any_call_of_a_save_leaves_the_state_before_or_after_it() -> None:
+    full(0)
+    seen = set()
+
+    def prepare() -> None:
+        with ResumeStore("key") as store:
+            if store.folder.exists():
+                store.clear()
+        with ResumeStore("key") as store:
+            for step in (1, 2, 3):
+                store.save(full(step))
+
+    def work() -> None:
+        with ResumeStore("key") as store:
+            assert_is(store.load(), 3)
+            store.save(full(4))
+
+    def check() -> None:
+        with ResumeStore("key") as store:
+            state = store.load()
+            assert state is not None
+            assert_is(state, state["step"])
+            seen.add(state["step"])
+            store.save(full(5))
+            assert_is(store.load(), 5)
+            assert not [name for name in os.listdir(store.folder) if name.endswith(".tmp")]
+
+    assert killed_at_every_call(prepare=prepare, work=work, check=check) > 10
+    assert seen == {3, 4}
+
+
+@forks
+def test_a_kill_before_any_call_of_a_clear_leaves_the_newest_state_or_none() -> None:
+    seen = set()
+
+    def prepare() -> None:
+        with ResumeStore("key") as store:
+            for step in (1, 2, 3):
+                store.save(full(step))
+
+    def work() -> None:
+        with ResumeStore("key") as store:
+            store.clear()
+
+    def check() -> None:
+        with ResumeStore("key") as store:
+            state = store.load()
+            seen.add(state and state["step"])
+            store.clear()
+
+    assert killed_at_every_call(prepare=prepare, work=work, check=check) > 5
+    assert seen == {3, None}
+
+
+@forks
+def test_kills_at_random_moments_of_saving_lose_at_most_the_save_in_progress(root: Path) -> None:
+    saved = root / "saved"  # the last step whose save() returned
+
+    def work() -> None:
+        with ResumeStore("key") as store:
+            step = (store.load() or {"step": 0})["step"]
+            while True:
+                step += 1
+                store.save(full(step))
+                saved.write_text(f"{step:09d}")
+
+    last = 0
+    for turn in range(20):
+        pid = in_child(work)
+        time.sleep(0.01 + 0.01 * (turn * 7 % 20))
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+        with ResumeStore("key") as store:
+            step = (store.load() or {"step": 0})["step"]
+            if step:
+                assert_is(store.load(), step)
+        known = int(saved.read_text() or 0) if saved.exists() else 0
+        assert step >= max(known, last)
+        last = step
+    assert last > 20
+
+
+HOLD = """
+import sys, time
+from dynat.runtime.resume import ResumeStore
+with ResumeStore("key"):
+    print("held", flush=True)
+    time.sleep(60)
+"""
+
+
+def test_a_second_process_is_refused_with_the_pid_of_the_first_until_that_is_killed() -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        with pytest.raises(UserError, match=f"already runs as process {first.pid};"), ResumeStore("key"):
+            pass
+        with ResumeStore("other"):
+            pass
+        first.kill()
+        first.wait()
+        with ResumeStore("key") as store:
+            store.save(full(1))
+
+
+def test_in_a_temporary_workspace_a_second_process_works_beside_the_first(
+    root: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with subprocess.Popen([sys.executable, "-c", HOLD], stdout=subprocess.PIPE, text=True) as first:
+        assert first.stdout is not None
+        assert first.stdout.readline() == "held\n"
+        (tmp_path / "workspace").mkdir()
+        monkeypatch.chdir(tmp_path / "workspace")
+        with ResumeStore("key") as store:
+            assert store.folder == root.resolve() / ".dvc/tmp/dynat/key-2"
+            store.save(full(1))
+            assert_is(store.load(), 1)
+        first.kill()
+        first.wait()
+
+
+def test_the_token_lasts_until_the_stage_is_done_and_the_starts_are_counted() -> None:
+    with ResumeStore("key") as store:
+        first = store.token
+        assert store.resumed == 0
+        store.save(full(1))
+        store.save_piece("square-0", full(1))
+    with ResumeStore("key") as store:
+        assert store.token == first
+        assert store.resumed == 1
+    with ResumeStore("key") as store:
+        assert store.resumed == 2
+        store.clear()
+        assert not store.folder.exists()
+    with ResumeStore("key") as store:
+        assert store.token != first
+        assert store.resumed == 0
+        assert store.load() is None
+        assert store.load_piece("square-0") is None
+
+
+def test_pieces_are_kept_by_name_and_a_damaged_one_is_done_again(capsys: pytest.CaptureFixture[str]) -> None:
+    names = ["apgd-ce-0", "apgd-ce-00", "../escape", "a/b"]
+    with ResumeStore("key") as store:
+        for step, name in enumerate(names):
+            assert store.load_piece(name) is None
+            store.save_piece(name, full(step))
+    with ResumeStore("key") as store:
+        for step, name in enumerate(names):
+            assert_is(store.load_piece(name), step)
+        assert len(list(store.folder.glob("piece-*"))) == len(names)
+        truncated(next(store.folder.glob("piece-apgd-ce-00.*")))
+        assert capsys.readouterr().err == ""
+        assert store.load_piece("apgd-ce-00") is None
+        assert capsys.readouterr().err.count("damaged (") == 1
+        assert_is(store.load_piece("apgd-ce-0"), 0)
+
+
+def test_a_damaged_token_is_said_and_replaced_and_the_pieces_stay(capsys: pytest.CaptureFixture[str]) -> None:
+    for damage in (b"", b"\xff\xfe", b"name", b"name count"):
+        with ResumeStore("key") as store:
+            store.save_piece("one", full(1))
+        (store.folder / "token").write_bytes(damage)
+        with ResumeStore("key") as store:
+            assert len(store.token) == 32
+            assert store.resumed == 0
+            assert_is(store.load_piece("one"), 1)
+        assert capsys.readouterr().err.count("token: damaged") == 1

@@ -1,0 +1,254 @@
+"""dvc.yaml and params.yaml as DVC sees them: each stage depends on exactly what it uses."""
+
+import ast
+import itertools
+import re
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import networkx
+import pytest
+from dvc.dependency import ParamsDependency
+from dvc.repo import Repo
+from dvc.stage import PipelineStage
+from dvc.utils.hydra import apply_overrides, get_hydra_sweeps
+from dvc.utils.serialize import dump_yaml, load_yaml
+
+from dynat.config.params import load
+
+ROOT = Path(__file__).parents[2]
+FILE = ROOT / "params.yaml"
+pytestmark = pytest.mark.filterwarnings("ignore:_NoneStep:DeprecationWarning")  # of a package that DVC uses
+KINDS = ("train", "attack", "autoattack")  # run for each setting, method and seed
+STAGES: dict[str, Any] = load_yaml(ROOT / "dvc.yaml")["stages"]
+
+
+def script_of(stage: str) -> Path:
+    module = re.search(r" -m stages\.(\w+)", STAGES[stage]["cmd"])
+    assert module
+    return ROOT / "stages" / f"{module[1]}.py"
+
+
+def code(source: Path) -> list[ast.AST]:
+    """Every node of a file that can run: what only annotations need is left out."""
+    tree = ast.parse(source.read_text(encoding="utf-8"))
+    for node in ast.walk(tree):
+        if isinstance(node, ast.If) and ast.unparse(node.test).endswith("TYPE_CHECKING"):
+            node.body = []
+    return list(ast.walk(tree))
+
+
+def neighbours(source: Path) -> Iterator[Path]:
+    """The project's files that a file imports, and the data files beside it that it names."""
+    for node in code(source):
+        names: list[str] = []
+        if isinstance(node, ast.Import):
+            names = [alias.name for alias in node.names]
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"{source}: the test reads absolute imports only"
+            names = [node.module or "", *(f"{node.module}.{alias.name}" for alias in node.names)]
+        elif isinstance(node, ast.Constant) and re.fullmatch(r"\w+\.\w+", str(node.value)):
+            yield from (file for file in [source.parent / str(node.value)] if file.is_file())
+        for name in names:
+            path = ROOT.joinpath(*name.split("."))
+            candidates = [path.with_suffix(".py"), path / "__init__.py"]
+            if name.split(".")[0] in ("dynat", "stages"):
+                yield from (file for file in candidates if file.is_file() and file.stat().st_size)
+
+
+def closure(script: Path) -> set[Path]:
+    found, waiting = {script}, [script]
+    while waiting:
+        new = set(neighbours(waiting.pop())) - found
+        found |= new
+        waiting += [file for file in new if file.suffix == ".py"]
+    return found
+
+
+@pytest.mark.parametrize("stage", STAGES)
+def test_a_stage_depends_on_exactly_the_library_files_that_it_imports(stage: str) -> None:
+    declared = [ROOT / dep for dep in STAGES[stage]["deps"] if dep.startswith(("dynat", "stages"))]
+    files = {file for dep in declared for file in (dep.glob("*.*") if dep.is_dir() else [dep])}
+    assert {str(file.relative_to(ROOT)) for file in files ^ closure(script_of(stage))} == set()
+
+
+def reads(sources: set[Path], of: str) -> set[str]:
+    """``machine``, ``data.classes``, ... for each ``<...>study[...].machine`` in the sources."""
+    texts = [ast.unparse(node) for file in sources for node in code(file) if isinstance(node, ast.Attribute)]
+    chains = [re.fullmatch(rf"(?:.*\.)?{of}(?:\[\w+\])?\.(\w+(?:\.\w+)*)", text) for text in texts]
+    return {chain[1] for chain in chains if chain}
+
+
+def test_a_stage_declares_exactly_the_sections_that_its_script_reads() -> None:
+    for stage in STAGES.keys() - {"check", "tabulate"}:
+        prefix = "study.${item.setting}."
+        declared = {key.removeprefix(prefix) for key in STAGES[stage]["params"] if key.startswith(prefix)}
+        setup = {ROOT / "dynat/methods/setup.py"} & closure(script_of(stage))
+        read = reads({script_of(stage), *setup}, "study")
+        longest = {key for key in read if not any(other.startswith(f"{key}.") for other in read)}
+        uncovered = {k for k in longest if not any(f"{k}.".startswith(f"{d}.") for d in declared)}
+        unused = {d for d in declared if not any(f"{k}.".startswith(f"{d}.") for k in read)}
+        assert (stage, uncovered, unused) == (stage, set(), set())
+    library = {file for file in closure(script_of("tabulate")) if file.suffix == ".py"}
+    assert reads(library - {ROOT / "dynat/config/params.py", ROOT / "dynat/runtime/stage.py"}, "params") == {
+        *STAGES["tabulate"]["params"]
+    }
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_pair_of_stages_differs_only_in_its_list_and_in_alpha(name: str) -> None:
+    baseline, dynat = (dict(STAGES[f"{name}_{family}"]) for family in ("baseline", "dynat"))
+    matrix = {"setting": "${settings}", "seed": "${seeds}"}
+    assert baseline.pop("matrix") == {**matrix, "method": "${baselines}"}
+    assert dynat.pop("matrix") == {**matrix, "method": "${variants}"}
+    own = {"alpha"} if name == "train" else set()
+    assert {*dynat.pop("params")} == {*baseline.pop("params")} | own
+    assert baseline == dynat
+
+
+# --------------------------------------------------------------------- everything selected, expanded by DVC
+
+
+def test_the_readme_shows_the_numbers_of_the_digits_table() -> None:
+    rows = {name: table_rows(ROOT / name) for name in ("README.md", "metrics/tables/digits.md")}
+    shown, made = rows["README.md"], rows["metrics/tables/digits.md"]
+    assert len(shown) == len(made) > 5
+    for row in shown:
+        (own,) = (each for each in made if each["Method"] == row["Method"])
+        assert row.items() <= own.items()
+
+
+def table_rows(path: Path) -> list[dict[str, str]]:
+    """The rows of a file's first Markdown table of methods, by heading."""
+    text = path.read_text(encoding="utf-8")
+    table = re.search(r"^\| Method .*\n(?:\|.*\n)+", text, re.MULTILINE)
+    assert table is not None
+    head, _, *rows = ([cell.strip() for cell in line.strip("|").split("|")] for line in table[0].splitlines())
+    return [dict(zip(head, row, strict=True)) for row in rows]
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
+    """A repository whose params.yaml selects every setting and recipe, and two seeds."""
+    folder, params = tmp_path_factory.mktemp("repo"), load_yaml(FILE)
+    family = {name for name, recipe in load(FILE).recipes.items() if recipe.needs_guide}
+    params["settings"], params["seeds"] = list(params["study"]), [0, 1]
+    params["variants"] = sorted(family)
+    params["baselines"] = sorted(params["recipes"].keys() - family)
+    dump_yaml(folder / "params.yaml", params)
+    (folder / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
+    with Repo.init(str(folder), no_scm=True) as repo:
+        yield repo
+
+
+def stages(repo: Repo) -> dict[str, PipelineStage]:
+    return {stage.name: stage for stage in repo.index.stages}
+
+
+def keys_of(stage: PipelineStage) -> set[str]:
+    return {key for dep in stage.deps if isinstance(dep, ParamsDependency) for key in dep.params}
+
+
+def test_dvc_expands_the_matrix_into_one_stage_per_setting_method_and_seed(whole: Repo) -> None:
+    params = load(Path(whole.root_dir, "params.yaml"))
+    expected = {f"prepare@{setting}" for setting in params.study} | {"check", "tabulate"}
+    for kind, setting, seed in itertools.product(KINDS, params.study, (0, 1)):
+        expected |= {f"{kind}_baseline@{setting}-{method}-{seed}" for method in params.baselines}
+        expected |= {f"{kind}_dynat@{setting}-{method}-{seed}" for method in params.variants}
+    assert {*stages(whole)} == expected
+    assert "attack_dynat@cifar10_wrn34_10-dynat_inner_awp-0" in expected
+
+
+def test_every_parameter_that_a_stage_depends_on_is_there(whole: Repo) -> None:
+    params = load_yaml(Path(whole.root_dir, "params.yaml"))
+    for name, stage in stages(whole).items():
+        for key in keys_of(stage):
+            section: Any = params
+            for part in key.split("."):
+                assert part in section, f"{name}: {key}"
+                section = section[part]
+
+
+@pytest.mark.parametrize(
+    ("key", "expected"),
+    [
+        ("alpha", r"train_dynat@.*"),
+        ("recipes.dynat", r"train_dynat@\w+-dynat-\d"),
+        ("recipes.pgd_at", r"train_baseline@\w+-pgd_at-\d"),
+        ("study.digits.data", r"prepare@digits"),
+        ("study.digits.train", r"train_\w+@digits-.*"),
+        ("study.digits.attack", r"attack_\w+@digits-.*"),
+        ("study.digits.autoattack", r"autoattack_\w+@digits-.*"),
+        ("seeds", r"tabulate"),
+    ],
+)
+def test_a_parameter_touches_its_own_stages_and_no_other(whole: Repo, key: str, expected: str) -> None:
+    touched = {name for name, stage in stages(whole).items() if key in keys_of(stage)}
+    assert touched == {name for name in stages(whole) if re.fullmatch(expected, name)} != set()
+
+
+def test_every_attack_waits_for_its_own_training_and_the_tables_for_every_attack(whole: Repo) -> None:
+    upstream = {
+        s.name: {x.name for x in networkx.descendants(whole.index.graph, s)} for s in whole.index.stages
+    }
+    assert upstream["check"] == set()  # a refused parameter stops DVC before it removes any output
+    for name in upstream.keys() - {"check", "tabulate"}:
+        kind, _, cell = name.partition("@")
+        data = {"check", f"prepare@{cell.split('-')[0]}"} - {name}
+        model = set() if kind.startswith(("prepare", "train")) else {f"train_{kind.split('_')[1]}@{cell}"}
+        assert upstream[name] == data | model
+    assert upstream["tabulate"] == upstream.keys() - {"tabulate"}
+
+
+# --------------------------------------------------------------------- dvc exp run -S
+
+
+OVERRIDES: dict[str, dict[str, object]] = {
+    "alpha=0.5": {"alpha": 0.5},
+    "alpha=010": {"alpha": 10},
+    "settings=[digits]": {},
+    "seeds=[0,1]": {"seeds": [0, 1]},
+    "study.digits.train.epsilon=8/255": {"study.digits.train.epsilon": 8 / 255},
+    "study.digits.train.lr=1e-3": {"study.digits.train.lr": 0.001},
+    "study.digits.attack.pgd=[10,20]": {"study.digits.attack.pgd": [10, 20]},
+    "recipes.dynat.inner.loss=ce": {"recipes.dynat.inner.loss": "ce"},
+    "recipes.dynat.schedule.epochs=120": {"recipes.dynat.schedule.epochs": 120},
+    "recipes.dynat_awp.awp.gamma=1e-3": {"recipes.dynat_awp.awp.gamma": 0.001},
+}
+
+
+@pytest.mark.parametrize("override", OVERRIDES)
+def test_an_override_changes_its_key_alone_and_keeps_every_comment(tmp_path: Path, override: str) -> None:
+    path = tmp_path / "params.yaml"
+    path.write_bytes(FILE.read_bytes())
+    apply_overrides(path, [override])
+    before, after = (flat(load(file).model_dump()) for file in (FILE, path))
+    assert {key: after[key] for key in after if after[key] != before.get(key, ...)} == OVERRIDES[override]
+    assert before.keys() == after.keys()
+    assert comments(path) == comments(FILE)
+
+
+def flat(values: object, path: str = "") -> dict[str, object]:
+    if not isinstance(values, dict):
+        return {path[1:]: values}
+    return {k: v for key, inner in values.items() for k, v in flat(inner, f"{path}.{key}").items()}
+
+
+def comments(path: Path) -> list[str]:
+    lines = path.read_text(encoding="utf-8").splitlines()
+    return [line.partition("#")[2].strip() for line in lines if "#" in line]
+
+
+def test_every_override_that_the_texts_recommend_works(tmp_path: Path) -> None:
+    texts = "".join((ROOT / name).read_text(encoding="utf-8") for name in ("params.yaml", "README.md"))
+    found = {
+        (quoted or bare).rstrip(".,;:") for quoted, bare in re.findall(r"-S (?:'([^']+)'|([^\s)`']+))", texts)
+    }
+    assert found - {"key=value"}
+    for override in sorted(found - {"key=value"}):
+        for sweep in get_hydra_sweeps({"params.yaml": [override]}):
+            path = tmp_path / "params.yaml"
+            path.write_bytes(FILE.read_bytes())
+            apply_overrides(path, sweep["params.yaml"])
+            assert load_yaml(path)["recipes"].keys() == load(path).recipes.keys(), "DVC reads what it wrote"
