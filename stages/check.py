@@ -1,8 +1,7 @@
-"""Stage check: the whole of params.yaml is sound, before DVC removes any output of a later stage.
+"""Stage check: params.yaml is sound and fits this machine, before DVC removes any output of a later stage.
 
-Trainings of days on a CPU are refused here too, before their data is downloaded.
-
-Its output never changes, so nothing reruns because of it.
+Writes the import closure of every stage to ``metrics/code``, on which the stages depend instead of on source
+files, and ``data/params.checked``, which is not in Git: a fresh clone runs this stage.
 """
 
 from pathlib import Path
@@ -10,7 +9,9 @@ from shutil import which
 
 from dynat.config.params import load
 from dynat.errors import UserError
+from dynat.runtime.closure import as_text, closure_file, closures
 from dynat.runtime.files import write_atomically
+from dynat.runtime.machine import refuse_missing_device
 from dynat.runtime.stage import main
 
 
@@ -20,10 +21,10 @@ def stage() -> None:
     program = next(iter(params.launch.split()), "")
     if which(program) is None:
         raise UserError(f"params.yaml: launch: {program!r} is not a program on this machine")
-    if any(params.study[setting].machine.device == "auto" for setting in params.settings):
-        from dynat.methods.estimate import refuse_selected  # with torch
-
-        refuse_selected(params)
+    for setting in params.settings:
+        refuse_missing_device(f"study.{setting}.machine.device", params.study[setting].machine)
+    for name, closure in closures().items():
+        write_atomically(closure_file(name), as_text(closure).encode())
     write_atomically(Path("data/params.checked"), b"params.yaml is sound\n")
 
 

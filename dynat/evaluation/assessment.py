@@ -22,9 +22,10 @@ from dynat.evaluation.whitebox import Evidence
 from dynat.networks.weights import load_network, trained_in
 from dynat.runtime import distributed
 from dynat.runtime import machine as environment
+from dynat.runtime.closure import code_key
 from dynat.runtime.files import sha256, write_json
 from dynat.runtime.resume import ResumeStore, StopRequested, graceful_stop, resume_key
-from dynat.runtime.stage import INTERRUPTED, RunRecord, code_key
+from dynat.runtime.stage import INTERRUPTED, RunRecord
 from dynat.runtime.tracking import Tracker
 
 STOP = "stop"  # the file by which one of several processes tells the others that it must leave
@@ -81,7 +82,7 @@ def assess(record: RunRecord, spec: Attack | AutoAttack, machine: Machine, work:
             record.kind: spec.model_dump_json(exclude={"n", "workers"}),  # more samples keep what is finished
             "data": sha256(source),
             "models": ",".join(sha256(path) for path in sorted(folder.glob("*.safetensors"))),
-            "code": code_key(),
+            "code": code_key(record.kind),
             "package": version("pyautoattack"),
             **environment.fingerprint(device),
         }

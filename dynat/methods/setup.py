@@ -15,9 +15,10 @@ from dynat.methods.training import Training
 from dynat.networks.architectures import build
 from dynat.runtime import distributed
 from dynat.runtime import machine as environment
+from dynat.runtime.closure import code_key
 from dynat.runtime.files import sha256
 from dynat.runtime.resume import resume_key
-from dynat.runtime.stage import Run, code_key
+from dynat.runtime.stage import Run
 
 
 def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
@@ -46,7 +47,7 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
             "networks": json.dumps(metadata),
             "seed": str(run.seed),
             "data": sha256(source),
-            "code": code_key(),
+            "code": code_key("train"),
             "processes": str(distributed.size()),
             "compiler": compiler,
             "precision": str(precision),

@@ -95,7 +95,7 @@ def read_code(root: Path) -> Code:
     """
     return {
         (stage, cell): {
-            path: md5 for path, md5 in locked(entry, "deps").items() if re.match(r"(dynat|stages)/", path)
+            path: md5 for path, md5 in locked(entry, "deps").items() if path.startswith("metrics/code/")
         }
         for name, entry in read_lock(root).items()
         for stage, _, cell in [re.sub(r"_(baseline|dynat)@", "@", name, count=1).partition("@")]

@@ -10,7 +10,7 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from glob import escape
 from pathlib import Path
@@ -78,11 +78,6 @@ def sha256(path: Path) -> str:
     """SHA-256 of a file's content, hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def code_hash(paths: Iterable[Path]) -> str:
-    """SHA-256 over names and contents of source files; neither their folder nor their order counts."""
-    return digest(sorted([path.name, sha256(path)] for path in paths))
 
 
 def digest(value: Any) -> str:

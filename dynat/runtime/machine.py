@@ -43,12 +43,27 @@ def pin(machine: Machine) -> None:
         raise UserError("machine.instructions: torch is already imported, too late to pin the CPU")
 
 
+def refuse_missing_device(key: str, machine: Machine) -> None:
+    """Raise :class:`UserError`, naming ``key``, if ``machine`` asks for a CUDA device and there is none."""
+    if machine.device != "cuda":
+        return
+    import torch
+
+    if not torch.cuda.is_available():
+        raise UserError(
+            f"{key}: cuda, but there is no CUDA device here; -S {key}=cpu insists on a CPU, for days to weeks"
+        )
+
+
 def device_of(machine: Machine) -> "torch.device":
     """Apply threads and determinism to torch and return the device that the setting computes on."""
     import torch
 
     if machine.device == "cuda" and not torch.cuda.is_available():
-        raise UserError("machine.device=cuda: no CUDA device is available; set machine.device=auto or cpu")
+        raise UserError(
+            "machine.device=cuda: no CUDA device is available; set machine.device=auto or cpu, and bring an "
+            "output that this stage had before back with dvc checkout"
+        )
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler

@@ -12,7 +12,7 @@ from typing import Any
 
 from dynat.config.params import Params, Study, load
 from dynat.errors import UserError
-from dynat.runtime.files import code_hash, write_json
+from dynat.runtime.files import write_json
 
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal, the next run goes on from there
 
@@ -64,13 +64,6 @@ def run_of_arguments(description: str) -> Run:
     if arguments.method not in params.recipes:
         raise UserError(f"method {arguments.method!r} is not in params.yaml's recipes")
     return Run(arguments.setting, arguments.method, arguments.seed, params)
-
-
-def code_key() -> str:
-    """A hash of this project's modules that the stage has imported."""
-    own = [m for name, m in sorted(sys.modules.items()) if name.split(".")[0] in ("dynat", "stages")]
-    files = [m.__file__ for m in [*own, sys.modules["__main__"]] if getattr(m, "__file__", None)]
-    return code_hash([Path(file) for file in files if file])
 
 
 class RunRecord:

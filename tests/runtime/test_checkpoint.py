@@ -4,7 +4,6 @@ import errno
 import json
 import os
 import resource
-import signal
 import struct
 import subprocess
 from collections.abc import Iterator
@@ -207,45 +206,3 @@ def test_resume_key_changes_with_every_part_and_not_with_their_order() -> None:
         {"params": "ab", "data": "", "code": "c"},
     ]
     assert len({key, *(resume.resume_key(other) for other in others)}) == 6
-
-
-def test_code_hash_follows_content_and_name_but_not_the_folder(tmp_path: Path) -> None:
-    hashes = []
-    for folder, name, text in [
-        ("a", "m.py", "1"),
-        ("b", "m.py", "1"),
-        ("c", "n.py", "1"),
-        ("d", "m.py", "2"),
-    ]:
-        path = tmp_path / folder / name
-        files.write_atomically(path, text.encode())
-        hashes.append(files.code_hash([path, Path(resume.__file__)]))
-    assert hashes[0] == hashes[1]
-    assert len(set(hashes)) == 3
-
-
-# Signals
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_first_signal_only_asks_to_stop_and_handlers_are_restored(signum: signal.Signals) -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with resume.graceful_stop() as stop:
-        states = [stop.requested]
-        os.kill(os.getpid(), signum)
-        states.append(stop.requested)
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert states == [False, True]
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_a_second_interrupt_breaks_off_at_once() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    try:
-        with resume.graceful_stop():
-            os.kill(os.getpid(), signal.SIGINT)
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)
