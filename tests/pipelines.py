@@ -1,4 +1,4 @@
-"""A small repository in which real ``dvc`` commands run."""
+"""A small repository in which real ``dvc`` commands run, and one that has been run, for tests to copy."""
 
 import os
 import shutil
@@ -7,8 +7,11 @@ import sys
 from pathlib import Path
 
 import yaml
+from filelock import FileLock
 
 ROOT = Path(__file__).parents[1]
+GIT = ("git", "-c", "user.name=test", "-c", "user.email=test@example.org")
+ABSENT = ("metrics/", "tests/", "benchmarks/", "dvc.lock")  # what a copy does not have of the working tree
 
 SMALL = {  # a quarter of a minute instead of minutes; the same code and stages
     "settings": ["digits"],
@@ -22,29 +25,75 @@ SMALL = {  # a quarter of a minute instead of minutes; the same code and stages
     "study.digits.autoattack.n": [2],
     "study.digits.autoattack.batch": 2,
 }
+FINISHED = {  # of the pipeline that has been run: some samples robust, some broken
+    "seeds": [0, 1],
+    "study.digits.train.epochs": 2,
+    "study.digits.data.test": 60,
+}
 
 
 def copy(folder: Path) -> Path:
-    """A clean Git clone of the working tree, without outputs, cache or MLflow store."""
+    """A Git repository of the working tree, ``SMALL`` chosen, without outputs, cache or MLflow store."""
     folder.mkdir()
     listed = ["git", "ls-files", "-z", "--cached", "--others", "--exclude-standard"]
     files = subprocess.run(listed, cwd=ROOT, capture_output=True, check=True, text=True).stdout.split("\0")
     for name in filter(None, files):
-        if not name.startswith("metrics/") and name != "dvc.lock" and (ROOT / name).is_file():
+        if not name.startswith(ABSENT) and (ROOT / name).is_file():
             (folder / name).parent.mkdir(parents=True, exist_ok=True)
             shutil.copy2(ROOT / name, folder / name)
+    choose(folder, SMALL)
+    git(folder, "init", "-q", "--template=")
+    commit(folder, "copy")
+    return folder
+
+
+def choose(folder: Path, values: dict[str, object]) -> None:
+    """Change keys of the repository's params.yaml: ``{"study.digits.train.epochs": 1}``."""
     params = yaml.safe_load((folder / "params.yaml").read_text())
-    for path, value in SMALL.items():
+    for path, value in values.items():
         *parents, last = path.split(".")
         section = params
         for parent in parents:
             section = section[parent]
         section[last] = value
     (folder / "params.yaml").write_text(yaml.safe_dump(params, sort_keys=False))
-    git = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
-    for command in (["init", "-q"], ["add", "-A"], ["commit", "-qm", "copy"]):
-        subprocess.run([*git, *command], cwd=folder, check=True)
+
+
+def git(folder: Path, *arguments: str) -> str:
+    """Run ``git`` in ``folder``, with a name for commits; returns what it prints."""
+    command = [*GIT, *arguments]
+    return subprocess.run(command, cwd=folder, check=True, capture_output=True, text=True).stdout.strip()
+
+
+def commit(folder: Path, message: str) -> str:
+    """Commit everything that is not ignored; returns the hash."""
+    git(folder, "add", "-A")
+    git(folder, "commit", "-qm", message)
+    return git(folder, "rev-parse", "HEAD")
+
+
+def finished(shared: Path) -> Path:
+    """The folder in ``shared`` of a pipeline that has been run and committed, which the first caller runs.
+
+    Trains pgd_at and dynat with the seeds 0 and 1. Every process of the tests shares it: read it, or
+    ``duplicate`` it, and change the duplicate only.
+    """
+    folder = shared / "finished"
+    with FileLock(shared / "finished.lock"):
+        if not folder.exists():
+            partial = copy(shared / "unfinished")
+            choose(partial, FINISHED)
+            result = dvc(partial, "repro")
+            assert result.returncode == 0, result.stdout + result.stderr
+            commit(partial, "run")
+            git(partial, "gc", "-q")  # one file to copy instead of hundreds
+            partial.rename(folder)
     return folder
+
+
+def duplicate(repository: Path, folder: Path) -> Path:
+    """All of a repository in another folder: history, outputs, DVC's cache, the MLflow store."""
+    return Path(shutil.copytree(repository, folder, symlinks=True))
 
 
 def dvc(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:

@@ -8,21 +8,19 @@ from contextlib import closing
 from pathlib import Path
 
 import pytest
-from pipelines import copy, dvc, stages_run
+from pipelines import FINISHED, choose, copy, duplicate, dvc, stages_run
 
 pytestmark = pytest.mark.slow
 
 
 @pytest.fixture(scope="module")
-def repository(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = copy(tmp_path_factory.mktemp("pipeline") / "repository")
-    result = dvc(folder, "repro")
-    assert result.returncode == 0, result.stdout + result.stderr
-    return folder
+def repository(finished_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return duplicate(finished_pipeline, tmp_path_factory.mktemp("pipeline") / "repository")
 
 
 def test_two_runs_give_the_same_lock_and_metrics_to_the_byte(repository: Path, tmp_path: Path) -> None:
     again = copy(tmp_path / "again")
+    choose(again, FINISHED)
     result = dvc(again, "repro")
     assert result.returncode == 0, result.stdout + result.stderr
     assert (again / "dvc.lock").read_bytes() == (repository / "dvc.lock").read_bytes()
@@ -55,9 +53,11 @@ def test_alpha_reruns_the_dynat_family_and_the_tables_and_nothing_else(repositor
     assert result.returncode == 0, result.stdout + result.stderr
     assert stages_run(result) == {
         "check",  # reads params.yaml, changes nothing
-        "train_dynat@digits-dynat-0",
-        "attack_dynat@digits-dynat-0",
-        "autoattack_dynat@digits-dynat-0",
+        *(
+            f"{kind}_dynat@digits-dynat-{seed}"
+            for kind in ("train", "attack", "autoattack")
+            for seed in (0, 1)
+        ),
         "tabulate",
     }
 
