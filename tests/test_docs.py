@@ -13,6 +13,7 @@ import yaml
 from pipelines import ROOT, copy
 
 PAGES = [
+    "benchmarks/README.md",
     "README.md",
     "CONTRIBUTING.md",
     *(f"docs/{path.name}" for path in sorted((ROOT / "docs").glob("*.md"))),
@@ -88,7 +89,7 @@ def run(commands: str, folder: Path, scratch: Path) -> None:
     result = subprocess.run(
         ["bash", "-euc", commands],
         cwd=folder,
-        env={**kept, "PATH": path, "PYTHONPATH": str(folder)},
+        env={**kept, "PATH": path, "PYTHONPATH": str(folder)},  # this copy, not what is installed
         capture_output=True,
         text=True,
         timeout=900,
@@ -97,7 +98,7 @@ def run(commands: str, folder: Path, scratch: Path) -> None:
 
 
 def merge(file: Path, key: str, values: dict[str, Any]) -> None:
-    """Add entries below ``key``, such as ``study.digits``, of a YAML file, or replace those that are there."""
+    """Add entries below ``key``, such as ``study.digits``, of a YAML file, or replace them."""
     whole = yaml.safe_load(file.read_text(encoding="utf-8"))
     section = whole
     for name in filter(None, key.split(".")):
@@ -155,6 +156,14 @@ def test_every_file_of_the_repository_that_a_page_names_is_there(page: str) -> N
     named = re.findall(r"`((?:dynat|stages|tests|docs|benchmarks|metrics/tables)/[\w./]*)`", read(page))
     own = {block.place for blocks in sections().values() for block in blocks if block.language == "python"}
     assert [name for name in named if not (ROOT / name).exists() and name not in own] == []
+
+
+def test_the_audit_has_every_option_that_the_pages_name() -> None:
+    command = [sys.executable, "-m", "dynat.audit", "--help"]
+    known = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    lines = [line for page in PAGES for line in read(page).splitlines() if "-m dynat.audit" in line]
+    named = {option for line in lines for option in re.findall(r" (--[a-z]+)", line.partition("#")[0])}
+    assert {option for option in named if option not in known} == set() != named
 
 
 def test_the_readme_is_short() -> None:
