@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 import pytest
 import yaml
-from pipelines import ROOT, copy
+from pipelines import ROOT, choose, copy
 
 PAGES = [
     "benchmarks/README.md",
@@ -46,7 +46,8 @@ def read(name: str) -> str:
 @pytest.mark.parametrize("section", sections())
 def test_everything_in_a_section_of_your_own_works_as_it_stands(tmp_path: Path, section: str) -> None:
     folder = copy(tmp_path / "repository")
-    merge(folder / "params.yaml", "", {"baselines": []})  # the section's own method is enough
+    choose(folder, {"baselines": []})  # the section's own method is enough
+    (folder / ".git/info").mkdir(exist_ok=True)  # which a clone has
     blocks = sections()[section]
     assert {"sh", "yaml"} <= {block.language for block in blocks}
     for block in blocks:
@@ -72,6 +73,7 @@ def follow(block: Block, folder: Path, scratch: Path) -> None:
     else:
         assert block.language == "python"
         assert not (folder / file).exists(), "a block of Python is a file of its own"
+        (folder / file).parent.mkdir(parents=True, exist_ok=True)
         (folder / file).write_text(block.text, encoding="utf-8")
 
 
