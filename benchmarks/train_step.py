@@ -2,7 +2,7 @@
 
 Both sides take the same batches in turn; a round's ratio is (time of the published step) / (time of the
 engine's), so that whatever else slows the machine slows both. Model FLOPs are two per multiply-add that the
-method needs (``methods.estimate.work_per_image``). Peak: the best of several large matrix products in the
+method needs (``work_per_image``). Peak: the best of several large matrix products in the
 engine's precision, measured in the same run.
 
     python -m benchmarks.train_step --network resnet18 --batch 32 --method dynat_inner
@@ -24,9 +24,8 @@ from torch import nn
 from benchmarks.published import STEPS, Published
 from dynat.config.params import load
 from dynat.config.recipe import Recipe
-from dynat.methods.estimate import work_per_image
 from dynat.methods.step import Batch, Engine
-from dynat.networks.architectures import build
+from dynat.networks.architectures import build, multiply_adds
 from dynat.runtime.machine import fast_bf16
 
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]] = {
@@ -123,6 +122,24 @@ def costs(arguments: argparse.Namespace, device: torch.device, precision: torch.
         ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
         rate = arguments.batch / statistics.median(own)
         print(f"{name:22}  {rate:8.2f}  {ratio:11.2f}  {work[name] / work['pgd_at']:12.2f}")
+
+
+def work_per_image(engine: Engine, shape: tuple[int, int, int]) -> int:
+    """Multiply-adds that the method needs for one image [C, H, W] in the engine's epoch.
+
+    1 forward of the guide and 2 for its backward; per inner step 1 forward and 1 backward to the input; per
+    outer forward that the loss reads 1 and 2 for its backward; 1 for a forward that only moves batch-norm
+    statistics; the natural prediction of a KL attack once.
+    """
+    recipe = engine.recipe
+    forwards = 2 * recipe.inner.steps + (recipe.inner.loss == "kl")
+    forwards += recipe.inner.mode == "train" and recipe.inner.steps > 0  # the published loss check
+    learning = recipe.outer.reads_natural + recipe.outer.reads_adversarial
+    forwards += 3 * learning + (len(engine.order) - learning) + engine.forwards_after
+    if recipe.awp is not None and engine.epoch >= recipe.awp.begin:
+        forwards += 3 * (recipe.awp.objective.reads_natural + recipe.awp.objective.reads_adversarial)
+    total = forwards * multiply_adds(engine.target, shape)
+    return total if engine.guide is None else total + 3 * multiply_adds(engine.guide, shape)
 
 
 def networks(

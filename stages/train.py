@@ -38,13 +38,9 @@ def stage() -> int:
         tags={"stage": "train"},
         params={**run.params.recipe(run.setting, run.method).model_dump(), "seed": run.seed},
     )
-    from dynat.methods.estimate import refuse_days_on_cpu
     from dynat.methods.setup import set_up
 
     training, metadata, key = set_up(run)
-    engine, images = training.engine, training.data.train_images
-    channels, height, width = images.shape[1:]
-    refuse_days_on_cpu(run.setting, run.study.machine, engine, (channels, height, width), len(images))
     with ResumeStore(key) as store, tracker:
         tracker.begin(store.token)
         if state := distributed.from_first(store.load()):

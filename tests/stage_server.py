@@ -14,7 +14,7 @@ from typing import Any
 
 STAGES = ("prepare", "train", "attack", "autoattack")
 LIBRARY = (
-    *("data.splits", "methods.estimate", "methods.step", "methods.training"),
+    *("data.splits", "methods.step", "methods.training"),
     *("evaluation.assessment", "evaluation.autoattack", "evaluation.battery", "evaluation.results"),
 )
 

@@ -9,14 +9,14 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.published import STEPS, Published
-from benchmarks.train_step import batches, engine_of, networks
+from benchmarks.train_step import batches, engine_of, networks, work_per_image
 from dynat.config.params import load
 from dynat.config.recipe import Recipe, rescale
 from dynat.data.splits import Splits
 from dynat.methods import attacks
-from dynat.methods.estimate import work_per_image
+from dynat.methods.step import Engine
 from dynat.methods.training import Training
-from dynat.networks.architectures import multiply_adds
+from dynat.networks.architectures import build, multiply_adds
 
 PARAMS = load()
 CPU = torch.device("cpu")
@@ -80,6 +80,15 @@ def test_model_flops_are_counted_as_stated() -> None:
         target, teacher, shape = networks("cnn", recipe, CPU)
         work = work_per_image(engine_of(recipe, target, teacher, torch.float32), shape)
         assert work == (forwards + guide) * multiply_adds(target, shape)  # both networks are alike
+
+
+@pytest.mark.parametrize(("method", "forwards"), [("pgd_at", 25), ("natural", 3)])
+def test_model_flops_on_resnet18_are_the_hand_count(method: str, forwards: int) -> None:
+    """``pgd_at``: ten inner steps of two, the loss check, a training step of three, the logging forward."""
+    study = PARAMS.study["cifar10_resnet18"]
+    network = build(num_classes=10, in_channels=3, **study.target.model_dump(exclude_none=True))
+    engine = Engine(PARAMS.recipe("cifar10_resnet18", method), network, None)
+    assert work_per_image(engine, (3, 32, 32)) == pytest.approx(forwards * 0.556e9, rel=0.01)
 
 
 @pytest.mark.slow
