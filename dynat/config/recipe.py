@@ -9,21 +9,24 @@ from typing import Annotated, Any, Literal
 from pydantic import Field, ValidationError, model_validator
 
 from dynat.config.fields import (
+    BelowOne,
     ByEpoch,
     Count,
     Flag,
     Index,
-    Model,
+    KeyedError,
     Name,
     NonNegative,
     Number,
     Positive,
+    Radius,
+    Section,
     Unit,
     describe,
 )
 
 
-class Stop(Model):
+class Stop(Section):
     """Early stop of the inner loop, per sample (FAT, Zhang et al. 2020; SAT, Sitawarin et al. 2021).
 
     A sample whose difficulty ``max_{j != label} p_j - p_label`` exceeds the threshold uses up one unit of
@@ -37,7 +40,7 @@ class Stop(Model):
     noise: NonNegative = 0.0  # standard deviation of the noise added at every step (FAT's omega)
 
 
-class Inner(Model):
+class Inner(Section):
     """Choice 2: how adversarial examples are made during training."""
 
     loss: Literal["ce", "kl", "ce_dynamic"]  # CE to the truth; KL to the natural prediction; Eq. 7
@@ -50,7 +53,7 @@ class Inner(Model):
     stop: Stop | None = None
 
 
-class Objective(Model):
+class Objective(Section):
     """Choice 3: the loss of the target, a sum of the terms that are switched on."""
 
     natural_ce: Flag = False  # CE(f_t(x), y)
@@ -74,7 +77,7 @@ class Objective(Model):
         return self.adversarial in ("ce", "bce") or (self.beta > 0 and self.kl == "mart")
 
 
-class Weights(Model):
+class Weights(Section):
     """Choice 4: instance weights of the robust terms."""
 
     rule: Literal["uniform", "gairat", "mail"] = "uniform"
@@ -86,7 +89,7 @@ class Weights(Model):
     scale: Positive = 3.0  # MAIL
 
 
-class Perturbation(Model):
+class Perturbation(Section):
     """Choice 5: adversarial weight perturbation (Wu et al. 2020) on an objective of its own."""
 
     gamma: Positive
@@ -95,14 +98,14 @@ class Perturbation(Model):
     objective: Objective
 
 
-class Smoothing(Model):
+class Smoothing(Section):
     """Label smoothing of the two networks' cross entropies."""
 
-    target: Annotated[Number, Field(ge=0, lt=1)] = 0.0
-    guide: Annotated[Number, Field(ge=0, lt=1)] = 0.0
+    target: BelowOne = 0.0
+    guide: BelowOne = 0.0
 
 
-class BatchNorm(Model):
+class BatchNorm(Section):
     """Which forwards move the running statistics, in order, once per step (methods.md, section 1).
 
     ``target``: null for just the forwards that the loss needs; ``natural_after`` runs after the step.
@@ -113,7 +116,7 @@ class BatchNorm(Model):
     guide: Count = 1
 
 
-class Schedule(Model):
+class Schedule(Section):
     """Optimiser and learning rate, in the method's own epochs (0-indexed)."""
 
     epochs: Count
@@ -121,10 +124,10 @@ class Schedule(Model):
     first_epoch_lr: Positive | None = None
     drops: Annotated[dict[Index, NonNegative], ByEpoch] = {}  # first epoch -> factor on lr
     weight_decay: NonNegative
-    momentum: Annotated[Number, Field(ge=0, lt=1)] = 0.9
+    momentum: BelowOne = 0.9
 
 
-class Recipe(Model):
+class Recipe(Section):
     """A method: five independent choices and their constants."""
 
     labels: Literal["truth", "guide"] = "truth"  # choice 1
@@ -148,111 +151,97 @@ class Recipe(Model):
 
     @model_validator(mode="after")
     def _makes_sense(self) -> "Recipe":
-        for fault in _contradictions(self):
-            raise ValueError(fault)
+        objectives = {"outer": self.outer} | ({"awp.objective": self.awp.objective} if self.awp else {})
+        _check_terms(self, objectives)
+        _check_attack(self, objectives)
+        _check_guide_and_statistics(self)
+        _check_epochs(self)
         return self
 
 
-def _contradictions(recipe: Recipe) -> list[str]:
-    """The reasons why a combination of choices makes no sense, most basic first."""
-    outer, inner, weights, awp = recipe.outer, recipe.inner, recipe.weights, recipe.awp
-    robust = outer.reads_adversarial
-    uses_label = outer.uses_label or (weights.rule != "uniform" and weights.against == "label")
-    objectives = [outer, awp.objective] if awp else [outer]
-    adversary = any(objective.reads_adversarial for objective in objectives)
-    checks = {
-        "outer: no term is switched on, so the target would learn nothing": not (robust or outer.natural_ce),
-        "labels=guide: no term uses a label (choose outer.adversarial=ce or bce)": recipe.labels == "guide"
-        and not uses_label,
-        "alpha: there is no adversarial term to weight": recipe.alpha != 1 and outer.adversarial == "none",
-        "inner.steps: no term uses the adversarial examples; set 0": inner.steps > 0 and not adversary,
-        "inner.steps=0: the KL terms would always be 0; set their beta to 0": inner.steps == 0
-        and any(objective.beta > 0 for objective in objectives),
-        "inner.stop: nothing to stop with inner.steps=0": inner.stop is not None and inner.steps == 0,
-        "inner.epsilon: 0 leaves nothing to attack; set inner.steps=0": inner.steps > 0
-        and inner.epsilon == 0,
-        "inner.step: 0 moves nothing; set inner.steps=0": inner.steps > 0 and inner.step == 0,
-        "inner.step: larger than inner.epsilon, every step would only hit the bound": inner.steps > 1
-        and inner.step > inner.epsilon,
-        f"weights.rule={weights.rule}: there is no robust term to weight": weights.rule != "uniform"
-        and not robust,
-        "weights.rule=gairat: counts correct attack steps; set inner.steps above 0": weights.rule == "gairat"
-        and inner.steps == 0,
-        "smoothing.target: no cross entropy of the target to smooth": recipe.smoothing.target > 0
-        and outer.adversarial != "ce",
-        **_running_statistics(recipe),
-        **_without_guide(recipe),
-        **_beyond_the_end(recipe),
-    }
-    for name, objective in zip(("outer", "awp.objective"), objectives, strict=False):
-        checks[f"{name}.kl=mart: weights a KL term that is off; set {name}.beta above 0"] = (
-            objective.kl == "mart" and objective.beta == 0
-        )
-    if awp:
-        checks["awp.objective: no term is switched on"] = not (
-            awp.objective.reads_adversarial or awp.objective.natural_ce
-        )
-        checks["awp.labels=guide: no term of awp.objective uses a label"] = (
-            awp.labels == "guide" and not awp.objective.uses_label
-        )
-    return [reason for reason, wrong in checks.items() if wrong]
+def _check_terms(recipe: Recipe, objectives: Mapping[str, Objective]) -> None:
+    """Refuse choices that need a term which is off."""
+    outer, awp, weights = recipe.outer, recipe.awp, recipe.weights
+    for key, objective in objectives.items():
+        if not (objective.reads_adversarial or objective.natural_ce):
+            raise KeyedError(key, "no term is switched on, so there is nothing to learn")
+        if objective.kl == "mart" and objective.beta == 0:
+            raise KeyedError(f"{key}.kl=mart", f"weights a KL term that is off; set {key}.beta above 0")
+    weighted = weights.rule != "uniform"
+    if recipe.labels == "guide" and not (outer.uses_label or (weighted and weights.against == "label")):
+        raise KeyedError("labels=guide", "no term uses a label (choose outer.adversarial=ce or bce)")
+    if awp and awp.labels == "guide" and not awp.objective.uses_label:
+        raise KeyedError("awp.labels=guide", "no term of awp.objective uses a label")
+    if recipe.alpha != 1 and outer.adversarial == "none":
+        raise KeyedError("alpha", "there is no adversarial term to weight")
+    if weighted and not outer.reads_adversarial:
+        raise KeyedError(f"weights.rule={weights.rule}", "there is no robust term to weight")
+    if recipe.smoothing.target > 0 and outer.adversarial != "ce":
+        raise KeyedError("smoothing.target", "no cross entropy of the target to smooth")
 
 
-def _running_statistics(recipe: Recipe) -> dict[str, bool]:
-    """Forwards that cannot be, and those of the loss that would leave no trace in the statistics."""
-    outer, target = recipe.outer, recipe.batch_norm.target
-    checks = {
-        "batch_norm.target: no term uses adversarial examples to forward": "adversarial" in (target or ())
-        and not outer.reads_adversarial
-    }
-    seen = {name.removesuffix("_after") for name in target or ()}
-    for name, needed in (("natural", outer.reads_natural), ("adversarial", outer.reads_adversarial)):
-        reason = f"batch_norm.target: outer forwards {name} images, so {name} must be in the list (or null)"
-        checks[reason] = needed and target is not None and name not in seen
-    return checks
+def _check_attack(recipe: Recipe, objectives: Mapping[str, Objective]) -> None:
+    """Refuse an inner attack that nothing reads or that cannot move, and choices that need one."""
+    inner = recipe.inner
+    if inner.steps == 0:
+        if any(objective.beta > 0 for objective in objectives.values()):
+            raise KeyedError("inner.steps=0", "the KL terms would always be 0; set their beta to 0")
+        if inner.stop is not None:
+            raise KeyedError("inner.stop", "nothing to stop with inner.steps=0")
+        if recipe.weights.rule == "gairat":
+            raise KeyedError("weights.rule=gairat", "counts correct attack steps; set inner.steps above 0")
+        return
+    if not any(objective.reads_adversarial for objective in objectives.values()):
+        raise KeyedError("inner.steps", "no term uses the adversarial examples; set 0")
+    for key in ("epsilon", "step"):
+        if getattr(inner, key) == 0:
+            raise KeyedError(f"inner.{key}", "0 leaves nothing to attack; set inner.steps=0")
+    if inner.steps > 1 and inner.step > inner.epsilon:
+        raise KeyedError("inner.step", "larger than inner.epsilon, every step would only hit the bound")
 
 
-def _without_guide(recipe: Recipe) -> dict[str, bool]:
-    """Choices that read a guide, for a recipe that trains none."""
-    awp = recipe.awp
-    reads = {
-        "awp.labels=guide": awp is not None and awp.labels == "guide",
-        "awp.objective.adversarial=mse": awp is not None and awp.objective.adversarial == "mse",
+def _check_guide_and_statistics(recipe: Recipe) -> None:
+    """Refuse what reads a guide that is not there, and statistics of forwards that are none of the loss's."""
+    outer, awp, norm = recipe.outer, recipe.awp, recipe.batch_norm
+    readers = {
+        "awp.labels=guide": awp and awp.labels == "guide",
+        "awp.objective.adversarial=mse": awp and awp.objective.adversarial == "mse",
         "smoothing.guide": recipe.smoothing.guide > 0,
-        "batch_norm.guide": recipe.batch_norm.guide != 1,
+        "batch_norm.guide": norm.guide != 1,
     }
-    return {
-        f"{key}: the recipe has no guide": wrong and not recipe.needs_guide for key, wrong in reads.items()
-    }
+    for key, reads in readers.items():
+        if reads and not recipe.needs_guide:
+            raise KeyedError(key, "the recipe has no guide")
+    if norm.target is None:
+        return
+    if "adversarial" in norm.target and not outer.reads_adversarial:
+        raise KeyedError("batch_norm.target", "no term uses adversarial examples to forward")
+    listed = {name.removesuffix("_after") for name in norm.target}
+    for name, read in (("natural", outer.reads_natural), ("adversarial", outer.reads_adversarial)):
+        if read and name not in listed:
+            raise KeyedError("batch_norm.target", f"outer forwards {name} images; list them, or set null")
 
 
-def _beyond_the_end(recipe: Recipe) -> dict[str, bool]:
-    """Epochs that are never reached, so that what they switch on would silently stay off.
-
-    A single epoch, as one tries a recipe out, comes before all of them.
-    """
-    epochs = recipe.schedule.epochs
+def _check_epochs(recipe: Recipe) -> None:
+    """Refuse epochs that are never reached, so that what they switch on would silently stay off."""
+    epochs, stop = recipe.schedule.epochs, recipe.inner.stop or Stop()
     first = {
         "schedule.drops": max(recipe.schedule.drops, default=0),
         "awp.begin": recipe.awp.begin if recipe.awp else 0,
         "weights.begin": recipe.weights.begin if recipe.weights.rule != "uniform" else 0,
-        "inner.stop.budget": max(recipe.inner.stop.budget, default=0) if recipe.inner.stop else 0,
-        "inner.stop.ramp_until": recipe.inner.stop.ramp_until - 1 if recipe.inner.stop else 0,
+        "inner.stop.budget": max(stop.budget, default=0),
+        "inner.stop.ramp_until": stop.ramp_until - 1,
     }
-    hint = "study.<setting>.train.epochs scales both"
-    return {
-        f"{key}: epoch {epoch} is never reached with schedule.epochs={epochs}; {hint}": epoch >= epochs > 1
-        for key, epoch in first.items()
-    }
+    for key, epoch in first.items():
+        if epoch >= epochs > 1:  # a single epoch, as one tries a recipe out, comes before all of them
+            advice = "study.<setting>.train.epochs scales both"
+            raise KeyedError(key, f"epoch {epoch} is never reached with schedule.epochs={epochs}; {advice}")
 
 
-# --------------------------------------------------------------------- a recipe as a setting runs it
-
-
-class Train(Model):
+class Train(Section):
     """How a setting trains. A value beside null overrides every recipe; its other numbers scale along."""
 
-    epsilon: Annotated[Number, Field(gt=0, le=1)] | None = None  # step size and noise scale in proportion
+    epsilon: Radius | None = None  # step size and noise scale in proportion
     epochs: Count | None = None  # every epoch number of the recipe scales in proportion
     lr: Positive | None = None  # the first epoch's rate scales in proportion
     weight_decay: NonNegative | None = None
@@ -269,7 +258,7 @@ class Train(Model):
     @model_validator(mode="after")
     def _pairs(self) -> "Train":
         if (self.mean is None) != (self.std is None) or len(self.mean or []) != len(self.std or []):
-            raise ValueError("std: mean and std are given together, one entry per channel")
+            raise KeyedError("std", "mean and std are given together, one entry per channel")
         return self
 
 
@@ -277,12 +266,13 @@ def with_overrides(name: str, recipe: Recipe, setting: str) -> Recipe:
     """The recipe with its differences for ``setting`` merged in; ``ValueError`` names a wrong key."""
     changes = recipe.per_study.get(setting, {})
     if "per_study" in changes:
-        raise ValueError(f"recipes.{name}.per_study.{setting}.per_study: cannot stand inside itself")
+        raise KeyedError(f"recipes.{name}.per_study.{setting}.per_study", "cannot stand inside itself")
     merged = _merge(recipe.model_dump(exclude={"per_study"}), changes)
     try:
         return Recipe(**merged)
     except ValidationError as error:
-        raise ValueError(f"recipes.{name}.per_study.{setting}.{describe(error, Recipe)}") from None
+        path, reason = describe(error)
+        raise KeyedError(f"recipes.{name}.per_study.{setting}.{path}", reason) from None
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -3,39 +3,14 @@
 Read with libyaml, as DVC's own reader takes seconds for a long one.
 """
 
-import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-import yaml
-
+from dynat.config.yaml_files import parse as parse_yaml
 from dynat.errors import UserError
 
 LOCK = "dvc.lock"
-
-
-class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]
-    """Numbers and booleans as YAML 1.2 has them, which DVC reads and writes: 1e-05 is a float, 010 is ten."""
-
-    yaml_implicit_resolvers = {
-        first: [(tag, pattern) for tag, pattern in resolvers if tag.endswith((":null", ":merge"))]
-        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
-    }
-
-
-for _tag, _pattern, _first in (
-    ("bool", r"true|True|TRUE|false|False|FALSE", "tTfF"),
-    ("int", r"[-+]?[0-9]+", "-+0123456789"),
-    ("float", r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan", "-+.0123456789"),
-):
-    _Loader.add_implicit_resolver(f"tag:yaml.org,2002:{_tag}", re.compile(f"^(?:{_pattern})$"), list(_first))
-_Loader.add_constructor("tag:yaml.org,2002:int", lambda loader, node: int(loader.construct_scalar(node)))
-
-
-def parse_yaml(text: str) -> Any:
-    """A YAML document as DVC reads it; ``yaml.YAMLError`` if it is none."""
-    return yaml.load(text, _Loader)
 
 
 def read_lock(root: Path) -> dict[str, Any]:
@@ -44,7 +19,7 @@ def read_lock(root: Path) -> dict[str, Any]:
         return parse_lock((root / LOCK).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError, yaml.YAMLError) as error:
+    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
         reason = " ".join(str(error).split())[:150]
         raise UserError(f"{LOCK}: cannot be read ({reason}); restore it with git checkout") from None
 

@@ -91,36 +91,36 @@ def test_any_way_of_writing_a_number_gives_the_nearest_float(top: Any, bottom: i
 
 # What is typed after -S, and the message; one that begins with a colon follows the key.
 WRONG = r"""
-alpha=abc | : must be a number, found 'abc'
-alpha=-1 | : must be at least 0, found -1
-alpha=HUGE | : must be a finite number, found 1000
-alpha=ENORMOUS | : must be a finite number, found a huge number
-alpha=NINES | : must be a finite number, found 999999999999999999999999999999999999999999999999999999999...
+alpha=abc | : must be a number such as 0.031, 1e-3 or 8/255, found 'abc'
+alpha=-1 | : Input should be greater than or equal to 0, found -1
+alpha=HUGE | : must be a finite number of at most 1e+30 in size, found 1000
+alpha=ENORMOUS | : must be a finite number of at most 1e+30 in size
+alpha=NINES | : must be a finite number of at most 1e+30 in size, found '999999999999
 alhpa=1 | : unknown key; did you mean 'alpha'?
-settings=digits | : must be a list such as [a, b], found 'digits'
+settings=digits | : Input should be a valid list, found 'digits'
 settings=[digit] | : unknown 'digit'; did you mean 'digits'?
-settings=[../digits] | : must match ^[A-Za-z0-9][A-Za-z0-9_]*$, found '../digits'
+settings=[../digits] | : String should match pattern '^[A-Za-z0-9][A-Za-z0-9_]*$', found '../digits'
 variants=[dynta] | : unknown 'dynta'; did you mean 'dynat'?
 baselines=[pgdat] | : unknown 'pgdat'; did you mean 'pgd_at'?
-~study | : is missing
+~study | : Field required
 study.digits.trian={} | : unknown key; did you mean 'train'?
 study.digits.train.epslion=1 | : unknown key; did you mean 'epsilon'?
-study.digits.train.epsilon=1.5 | : must be at most 1, found 1.5
+study.digits.train.epsilon=1.5 | : Input should be less than or equal to 1, found 1.5
 study.digits.train.batch=128000 | : 128000 is more than the 1297 training images
 study.digits.attack.n=5000 | : 5000 is more than the 400 test images
 study.digits.autoattack.n=[200,5000] | : 5000 is more than the 400 test images
-study.digits.train.steps=0 | : must be at least 1, found 0
-study.digits.attack.epsilon=0 | : must be above 0, found 0
-study.digits.attack.step=0 | : must be above 0, found 0
-study.digits.attack.pgd=[] | : must have 1 or more entries
-study.digits.autoattack.epsilon=0 | : must be above 0, found 0
+study.digits.train.steps=0 | : Input should be greater than or equal to 1, found 0
+study.digits.attack.epsilon=0 | : Input should be greater than 0, found 0
+study.digits.attack.step=0 | : Input should be greater than 0, found 0
+study.digits.attack.pgd=[] | : List should have at least 1 item after validation, not 0
+study.digits.autoattack.epsilon=0 | : Input should be greater than 0, found 0
 study.digits.train.pad=8 | : must be below 8, the side of an image
-study.digits.train.lr=1e300 | : must be at most 1e+30 in size
+study.digits.train.lr=1e300 | : must be a finite number of at most 1e+30 in size
 study.digits.train={mean: [0.5, 0.4, 0.3], std: [1, 1, 1]} | study.digits.train.mean: must have 1 entries
-study.digits.data.split_seed=4294967296 | : must be below 4.29497e+09
+study.digits.data.split_seed=4294967296 | : Input should be less than 4294967296
 study.digits.target={name: resnet, strides: [1, 2, 2]} | study.digits.target.strides: must have one entry per
-study.digits.attack.epsilon=1.5 | : must be at most 1, found 1.5
-study.digits.autoattack.epsilon=1.5 | : must be at most 1, found 1.5
+study.digits.attack.epsilon=1.5 | : Input should be less than or equal to 1, found 1.5
+study.digits.autoattack.epsilon=1.5 | : Input should be less than or equal to 1, found 1.5
 study.digits.data.test=null | : the digits have no test set of their own
 study.digits.data.classes=11 | : source=digits has 10
 study.digits.data.archive=a.tar | : the digits ship inside scikit-learn
@@ -128,7 +128,7 @@ study.digits.target={name: wrn, depth: 11} | study.digits.target.depth: a WideRe
 study.digits.guide={name: resnet, blocks: [1, 1], strides: [1]} | study.digits.guide.strides: must have
 study.digits.data={source: image_folder, archive: a/b, classes: 2} | study.digits.data.archive: must be
 study.digits.data={source: cifar10, archive: a.gz, classes: 10} | study.digits.data.md5: give the archive
-seeds=[0,0] | : the same seed stands there twice
+seeds=[0,0] | : 0 stands there twice
 settings=[digits,digits] | : 'digits' stands there twice
 baselines=[pgd_at,pgd_at] | : 'pgd_at' stands there twice
 baselines=[dynat] | variants: 'dynat' stands in baselines too
@@ -136,14 +136,14 @@ variants=[pgd_at] | : 'pgd_at' stands in baselines too
 study.digits.data.source=cifar10 | study.digits.data.archive: source=cifar10 needs the name of an archive
 study.digits.data.test=1797 | : 1797 images leave none for training
 study.digits.target.widen=10 | : name=cnn takes only depth, stem_stride, width
-study.no good={} | study.'no good': must match ^[A-Za-z0-9][A-Za-z0-9_]*$, found 'no good'
+study.no good={} | study.'no good': String should match pattern '^[A-Za-z0-9][A-Za-z0-9_]*$', found 'no good'
 recipes.dynat.iner={} | : unknown key; did you mean 'inner'?
-recipes.dynat.inner.loss=KL | : must be 'ce', 'kl' or 'ce_dynamic', found 'KL'
-recipes.dynat.inner={loss: ce, start: uniform, steps: 1, epsilon: .01, step: .1} | recipes.dynat.inner.step: m
-recipes.dynat.inner.stop={threshold: [1]} | recipes.dynat.inner.stop.threshold: has too few entries
+recipes.dynat.inner.loss=KL | : Input should be 'ce', 'kl' or 'ce_dynamic', found 'KL'
+recipes.dynat.inner={loss: ce, start: uniform, steps: 1, epsilon: .01, step: .1} | recipes.dynat.inner.step: In
+recipes.dynat.inner.stop={threshold: [1]} | recipes.dynat.inner.stop.threshold: Field required, found [1]
 recipes.dynat.awp={gama: 1} | recipes.dynat.awp.gama: unknown key; did you mean 'gamma'?
 recipes.dynat.schedule.drops={x: 1} | recipes.dynat.schedule.drops.x: must be a whole number, found 'x'
-recipes.dynat.schedule.drops={"5": 1, "05": 2} | : must have each number once, found {'05': 2, '5': 1}
+recipes.dynat.schedule.drops={"5": 1, "05": 2} | : must have each number once, found {
 recipes.dynat.per_study.digit={} | : unknown; did you mean 'digits'?
 recipes.dynat.per_study.digits.inner.los=1 | : unknown key; did you mean 'loss'?
 recipes.dynat.per_study.digits.per_study={} | : cannot stand inside itself
@@ -177,17 +177,19 @@ def test_what_is_no_params_file_at_all_is_refused(values: object) -> None:
 
 
 NOT_YAML = {
-    "": "must hold keys such as settings, study and recipes",
-    "alpha: 1\nseeds: [0\n": "line 3: expected",
-    "alpha: 1\nalpha: 2\n": "line 2: 'alpha' stands there twice",
-    "study: {digits: {}, digits: {}}\n": "line 1: 'digits' stands there twice",
-    "alpha: &a 1\n": "line 1: write the values out instead of the anchor or alias 'a'",
-    "study: {a: &a {b: *a}}\n": "line 1: write the values out instead of the anchor or alias 'a'",
-    "recipes:\n  a: *b\n": "line 2: write the values out instead of the anchor or alias 'b'",
+    "": "Input should be a valid dictionary or instance of Params, found null",
+    "alpha: 1\nseeds: [0\n": "cannot be read: line 3: did not find expected",
+    "alpha: 1\nalpha: 2\n": "cannot be read: line 2: 'alpha' stands there twice",
+    "study: {digits: {}, digits: {}}\n": "cannot be read: line 1: 'digits' stands there twice",
+    "recipes: {a: {drops: {5: 1, 05: 2}}}\n": "cannot be read: line 1: 5 stands there twice",
+    "alpha: &a 1\n": "cannot be read: line 1: write the values out instead of the anchor",
+    "study: {a: &a {b: *a}}\n": "cannot be read: line 1: write the values out instead of the anchor",
+    "recipes:\n  a: *b\n": "cannot be read: line 2: write the values out instead of the anchor",
     "<<: {alpha: 1}\n": "'<<': unknown key",
-    "? [1, 2]\n: 3\n": "line 1: a key must be a plain word or number",
-    "alpha: !!python/object/apply:os.system [id]\n": "line 1: could not determine a constructor",
-    "alpha: " + "[" * 500 + "]" * 500: "is nested too deeply",
+    "? [1, 2]\n: 3\n": "cannot be read: line 1: found unhashable key",
+    "alpha: !!python/object/apply:os.system [id]\n": "cannot be read: line 1: could not determine",
+    "alpha: !!bool perhaps\n": "cannot be read: ",
+    "alpha: " + "[" * 200_000: "cannot be read: line 1: is nested too deeply",
     "\x00\x01": "cannot be read: ",
 }  # fmt: skip
 

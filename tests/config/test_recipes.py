@@ -33,7 +33,7 @@ inner.steps=0: the KL terms would always be 0 | inner.steps=0 outer.beta=6
 inner.stop: nothing to stop with inner.steps=0 | inner.steps=0 inner.stop={}
 inner.stop.budget: epoch 100 is never reached | inner.stop.budget.100=1
 inner.epsilon: 0 leaves nothing to attack | inner.epsilon=0
-inner.step: 0 moves nothing | inner.step=0
+inner.step: 0 leaves nothing to attack | inner.step=0
 inner.step: larger than inner.epsilon | inner.step=9/255
 weights.rule=mail: there is no robust term | weights.rule=mail inner.steps=0 NATURAL
 weights.rule=gairat: counts correct attack steps | weights.rule=gairat inner.steps=0
@@ -44,7 +44,7 @@ batch_norm.guide: the recipe has no guide | batch_norm.guide=2
 batch_norm.target: no term uses adversarial examples | batch_norm.target=[adversarial] inner.steps=0 NATURAL
 batch_norm.target: outer forwards adversarial images | batch_norm.target=[]
 batch_norm.target: outer forwards natural images | batch_norm.target=[adversarial] outer.beta=1
-batch_norm.guide: must be at least 1 | labels=guide batch_norm.guide=0
+batch_norm.guide: Input should be greater than or equal to 1 | labels=guide batch_norm.guide=0
 inner.stop.ramp_until: epoch 101 is never reached | inner.stop.ramp_until=102
 awp.objective: no term is switched on | awp.gamma=0.01 awp.objective.adversarial=none
 awp.objective.kl=mart: weights a KL term | awp.gamma=0.01 awp.objective.kl=mart
@@ -84,7 +84,7 @@ def test_a_contradictory_recipe_is_refused_with_the_reason(case: str) -> None:
         text = text.replace(short, long)
     with pytest.raises(ValidationError) as caught:
         plain(*text.split())
-    assert describe(caught.value, Recipe).startswith(reason)
+    assert ": ".join(describe(caught.value)).startswith(reason)
 
 
 def reads(objective: dict[str, Any]) -> set[str]:
