@@ -4,33 +4,32 @@ An archive is trusted for its hash alone, never for where it lies. A file under 
 verified or refused; a download that was interrupted waits beside it as ``<name>.part``.
 """
 
-import fcntl
 import hashlib
-import io
 import os
 import re
 import sys
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from http.client import HTTPException, HTTPResponse
+from http.client import HTTPException
 from pathlib import Path
-from typing import BinaryIO
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.parse import quote
 from urllib.request import Request, urlopen
 
+from filelock import FileLock
 from tqdm import tqdm
 
 from dynat.errors import UserError
+from dynat.runtime.files import explained
 
 MIRROR = "DYNAT_DATA_MIRROR"
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 20
-HEAD = 512  # bytes that are looked at before any is kept
 INTERRUPTIONS = 20  # after so many the next mirror is asked
+WEB = ("http://", "https://")
+HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
 
 
-class _UnavailableError(Exception):
+class _MirrorError(Exception):
     """A mirror could not deliver; the text says why."""
 
 
@@ -42,196 +41,119 @@ def fetch(name: str, md5: str | None, sha256: str | None, mirrors: Sequence[str]
     folder of that name is returned as it is. A download is resumed by HTTP Range. Raises ``UserError`` if
     no place has the archive, or if it differs from the hash (hexadecimal; without one nothing is downloaded).
     """
-    if name in ("", ".", "..") or Path(name).name != name:
-        raise UserError(f"archive {name!r} must be a plain file name; say where it lies with {MIRROR}")
     expected = {algorithm: digest for algorithm, digest in (("md5", md5), ("sha256", sha256)) if digest}
-    own, bases, looked = os.environ.get(MIRROR, "").strip(), list(mirrors), []
-    if _is_url(own):
-        bases.insert(0, own)
-    else:
-        found = Path(os.environ.get("DVC_ROOT", ""), Path(own).expanduser(), name) if own else None
-        if found and found.exists():
-            return _verified(found, expected)
-        state = (
-            " (unset)"
-            if found is None
-            else f"={own}" + ("" if found.parent.is_dir() else " (no such folder)")
-        )
-        looked.append(MIRROR + state)
-    try:
-        if not destination.exists():
-            looked.append(str(destination))
-            _download(name, expected, bases, destination, looked)
+    own, looked = os.environ.get(MIRROR, "").strip(), [f"{MIRROR} (unset)"]
+    if own.startswith(WEB):
+        mirrors, looked = [own, *mirrors], []
+    elif own:
+        folder = Path(os.environ.get("DVC_ROOT", ""), Path(own).expanduser())
+        if (folder / name).exists():
+            return _verified(folder / name, expected)
+        looked = [f"{MIRROR}={own}" + ("" if folder.is_dir() else " (no such folder)")]
+    if destination.exists():
         return _verified(destination, expected)
-    except OSError as error:
-        raise UserError(f"{destination}: {error.strerror or error}") from error
-
-
-def _is_url(text: str) -> bool:
-    return text.startswith(("http://", "https://"))
-
-
-def _verified(path: Path, expected: Mapping[str, str]) -> Path:
-    if path.is_dir():
-        if expected:
-            raise UserError(f"{path} is a folder, which has no {' or '.join(expected)}; set it to null")
-        return path
-    try:
-        with path.open("rb") as file:
-            problem = _mismatch(file, expected)
-    except OSError as error:
-        raise UserError(f"{path}: {error.strerror or error}") from error
-    if problem:
-        raise UserError(f"{path}: {problem}; delete or replace it")
-    return path
-
-
-def _mismatch(file: BinaryIO, expected: Mapping[str, str]) -> str | None:
-    """What differs from the expected hashes, with size and kind, or None."""
-    digests = {algorithm: hashlib.new(algorithm, usedforsecurity=False) for algorithm in expected}
-    head, size = b"", 0
-    while chunk := file.read(CHUNK):
-        head, size = head or chunk[:HEAD], size + len(chunk)
-        for digest in digests.values():
-            digest.update(chunk)
-    for algorithm, wanted in expected.items():
-        if (found := digests[algorithm].hexdigest()) != wanted.lower():
-            kind = "; looks like an HTML page" if _is_html(head) else ""
-            return f"expected {algorithm} {wanted}, found {found} ({size} bytes{kind})"
-    return None
-
-
-def _is_html(head: bytes) -> bool:
-    return (
-        re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml|!--)", head, re.IGNORECASE) is not None
-    )
-
-
-def _download(
-    name: str, expected: Mapping[str, str], bases: Sequence[str], destination: Path, looked: list[str]
-) -> None:
-    """Put the verified archive at ``destination``, or raise ``UserError`` that lists every place tried."""
-    if bases and not expected:
+    if mirrors and not expected:
         raise UserError(f"{name}: without md5 or sha256 it is not downloaded; give one, or set {MIRROR}")
-    part = destination.with_name(destination.name + ".part")
-    if bases:
-        destination.parent.mkdir(parents=True, exist_ok=True)
-        with _alone(part):
-            for base in bases:
-                if destination.exists():  # another process was faster
-                    return
-                url = f"{base.rstrip('/')}/{quote(name)}"
-                problem = _from_mirror(url, part, expected) if _is_url(base) else "not an http(s) URL"
-                if problem is None:
-                    os.replace(part, destination)
-                    return
-                looked.append(f"{url} ({problem})")
+    looked.append(str(destination))
+    part = destination.with_name(f"{destination.name}.part")
+    if mirrors:
+        with explained(destination):
+            destination.parent.mkdir(parents=True, exist_ok=True)
+            with FileLock(f"{part}.lock"):
+                for base in mirrors:
+                    if destination.exists():  # by another process while this one waited
+                        return _verified(destination, expected)
+                    url = f"{base.rstrip('/')}/{quote(name)}"
+                    try:
+                        _download(url, part, expected)
+                    except _MirrorError as error:
+                        looked.append(f"{url} ({error})")
+                    else:
+                        part.replace(destination)
+                        return destination
     rest = f"; {part} is kept, run again to resume" if part.exists() else ""
     raise UserError(
         f"{name}: not found; looked in {', '.join(looked)}; set {MIRROR} to a folder or URL with it{rest}"
     )
 
 
-@contextmanager
-def _alone(part: Path) -> Iterator[None]:
-    """Let one process at a time write ``part``; the lock ends with its process, however that ends."""
-    with part.with_name(part.name + ".lock").open("wb") as lock:
-        try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process to download {part.stem}", file=sys.stderr, flush=True)
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
+def _verified(path: Path, expected: Mapping[str, str]) -> Path:
+    if path.is_dir() and expected:
+        raise UserError(f"{path} is a folder, which has no {' or '.join(expected)}; set it to null")
+    with explained(path):
+        if problem := _mismatch(path, expected):
+            raise UserError(f"{path}: {problem}; delete or replace it")
+    return path
 
 
-def _from_mirror(url: str, part: Path, expected: Mapping[str, str]) -> str | None:
-    """Bring ``part`` to its verified end; returns None, or why this mirror did not help."""
-    own = not part.exists()  # a part begun elsewhere may be the start of another file
+def _mismatch(path: Path, expected: Mapping[str, str]) -> str | None:
+    """What differs from the expected hashes, with size and kind, or None."""
+    for algorithm, wanted in expected.items():
+        with path.open("rb") as file:
+            digest = hashlib.file_digest(
+                file, lambda name=algorithm: hashlib.new(name, usedforsecurity=False)
+            )
+            file.seek(0)
+            kind = "; looks like an HTML page" if HTML.match(file.read(512)) else ""
+        if (found := digest.hexdigest()) != wanted.lower():
+            return f"expected {algorithm} {wanted}, found {found} ({path.stat().st_size} bytes{kind})"
+    return None
+
+
+def _download(url: str, part: Path, expected: Mapping[str, str]) -> None:
+    """Bring ``part`` to its verified end, or raise ``_MirrorError``; ``OSError`` is the disk's."""
+    resumed = part.exists()  # a part begun elsewhere may be the start of another file
     for _ in range(INTERRUPTIONS):
-        before = _size(part)
+        have = part.stat().st_size if part.exists() else 0
         try:
-            _transfer(url, part, expected)
-        except _UnavailableError as error:
-            if _size(part) > before:
+            for chunk in _body(url, have):
+                with part.open("ab") as file:
+                    file.write(chunk)
+        except _MirrorError:
+            if part.exists() and part.stat().st_size > have:
                 continue
-            return str(error)
-        with part.open("rb") as file:
-            problem = _mismatch(file, expected)
+            raise
+        with part.open("ab") as file:
             os.fsync(file.fileno())
+        problem = _mismatch(part, expected)
         if problem is None:
-            return None
+            return
         part.unlink()
-        if own:
-            return problem
-        own = True
-    return f"interrupted {INTERRUPTIONS} times"
+        if not resumed:
+            raise _MirrorError(problem)
+        resumed = False
+    raise _MirrorError(f"interrupted {INTERRUPTIONS} times")
 
 
-def _size(path: Path) -> int:
-    return path.stat().st_size if path.exists() else 0
-
-
-def _transfer(url: str, part: Path, expected: Mapping[str, str]) -> None:
-    """Append what is missing to ``part``; returns once the server says that nothing is.
-
-    Raises ``_UnavailableError`` for the network's faults and ``OSError`` for the disk's. What is in ``part``
-    is never cut: a server that ignores Range has its first bytes skipped.
-    """
-    have = _size(part)
+def _body(url: str, start: int) -> Iterator[bytes]:
+    """The bytes from ``start`` on; of a server that ignores Range the first ones are skipped."""
+    if not url.startswith(WEB):
+        raise _MirrorError("not an http(s) URL")
     headers = {"User-Agent": "dynat", "Accept-Encoding": "identity"}
-    if have:
-        headers["Range"] = f"bytes={have}-"
     try:
-        response = urlopen(Request(url, headers=headers), timeout=TIMEOUT)
+        request = Request(url, headers=headers | ({"Range": f"bytes={start}-"} if start else {}))
+        with urlopen(request, timeout=TIMEOUT) as response:
+            position = start if response.status == 206 else 0
+            if position and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
+                raise _MirrorError("answered with another range than asked")
+            length = response.headers.get("Content-Length", "")
+            total = position + int(length) if length.isdigit() else None
+            print(
+                f"downloading {url}" + (f" from byte {start}" if start else ""), file=sys.stderr, flush=True
+            )
+            with tqdm(total=total, initial=position, unit="B", unit_scale=True, disable=None) as bar:
+                while chunk := response.read1(CHUNK):
+                    if start and position == 0 and HTML.match(chunk):
+                        raise _MirrorError("an HTML page")
+                    yield chunk[max(0, start - position) :]
+                    position += len(chunk)
+                    bar.update(len(chunk))
+            if total is not None and position < total:
+                raise _MirrorError(f"connection closed after {position} of {total} bytes")
     except HTTPError as error:
         error.close()
-        if error.code == 416 and have:  # nothing lies beyond what we have
-            return
-        raise _UnavailableError(f"HTTP {error.code} {error.reason}") from error
+        if error.code != 416 or not start:  # 416: nothing lies beyond what we have
+            raise _MirrorError(f"HTTP {error.code} {error.reason}") from error
     except (OSError, HTTPException, ValueError) as error:
-        raise _UnavailableError(_reason(error)) from error
-    with response:
-        start = 0
-        if response.status == 206:
-            start = have
-            if not response.headers.get("Content-Range", "").startswith(f"bytes {have}-"):
-                raise _UnavailableError("answered with another range than asked")
-        length = response.headers.get("Content-Length", "")
-        total = start + int(length) if length.isdigit() else None
-        head = _read(response, HEAD)
-        if start == 0 and _is_html(head):
-            page = _mismatch(io.BytesIO(head + _read(response, CHUNK)), expected)
-            raise _UnavailableError(page or "an HTML page")
-        _append(response, head, part, start, have, total)
-
-
-def _append(
-    response: HTTPResponse, head: bytes, part: Path, start: int, have: int, total: int | None
-) -> None:
-    """Write the stream, whose first byte is byte ``start`` of the file, behind the first ``have`` bytes."""
-    url, position, chunk = response.url, start, head
-    print(f"downloading {url}" + (f" from byte {have}" if have else ""), file=sys.stderr, flush=True)
-    with (
-        part.open("ab") as file,
-        tqdm(total=total, initial=start, unit="B", unit_scale=True, disable=None, leave=False) as bar,
-    ):
-        while chunk:
-            file.write(chunk[max(0, have - position) :])
-            position += len(chunk)
-            bar.update(len(chunk))
-            chunk = _read(response, CHUNK, at_once=True)
-    if total is not None and position < total:
-        raise _UnavailableError(f"connection closed after {position} of {total} bytes")
-
-
-def _read(response: HTTPResponse, count: int, at_once: bool = False) -> bytes:
-    """Up to ``count`` bytes: what has arrived (``at_once``), or all of them unless the stream ends."""
-    try:
-        return response.read1(count) if at_once else response.read(count)
-    except (OSError, HTTPException) as error:
-        raise _UnavailableError(_reason(error)) from error
-
-
-def _reason(error: Exception) -> str:
-    inner = error.reason if isinstance(error, URLError) else error
-    return " ".join(str(inner).split()) or type(inner).__name__
+        reason = getattr(error, "reason", error)
+        raise _MirrorError(" ".join(str(reason).split()) or type(error).__name__) from error

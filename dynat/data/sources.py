@@ -9,7 +9,7 @@ import json
 import os
 import pickle
 import re
-import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, NamedTuple, cast
 
@@ -20,10 +20,10 @@ from safetensors.numpy import save
 from tqdm import tqdm
 
 from dynat.config.params import DataSpec
-from dynat.data import archives
+from dynat.data.archives import Read, opened
 from dynat.data.download import fetch
 from dynat.errors import UserError
-from dynat.runtime.files import write_atomically
+from dynat.runtime.files import sha256, write_atomically
 
 MAX_IMAGE_PIXELS = 1 << 22
 MAX_TOTAL_BYTES = 1 << 34  # decoded; the data has to fit on the device
@@ -34,25 +34,24 @@ BROKEN_IMAGE = (OSError, EOFError, ValueError, SyntaxError, Image.DecompressionB
 Array = NDArray[Any]
 
 
-class Part(NamedTuple):
+class Subset(NamedTuple):
     """Images uint8 [N, C, H, W] and labels int64 [N]."""
 
     images: Array
     labels: Array
 
-    def take(self, index: Any) -> "Part":
-        """The part that a numpy index selects."""
-        return Part(self.images[index], self.labels[index])
+    def take(self, index: Any) -> "Subset":
+        """The images and labels that a numpy index selects."""
+        return Subset(self.images[index], self.labels[index])
 
 
-class Source(NamedTuple):
+class Dataset(NamedTuple):
     """Everything a source holds, in its own order, which ``order`` describes."""
 
-    train: Part
-    test: Part
+    train: Subset
+    test: Subset
     classes: list[str]
     order: str
-    sha256: str | None  # of the archive
 
 
 def prepare(spec: DataSpec, destination: Path, section: str = "data") -> dict[str, Any]:
@@ -63,48 +62,43 @@ def prepare(spec: DataSpec, destination: Path, section: str = "data") -> dict[st
     is kept in the DVC repository's ``data/``, or beside ``destination`` without DVC. Raises ``UserError``,
     which names a key of ``spec`` within ``section``.
     """
+    description: dict[str, Any] = {"source": spec.source, "archive": spec.archive, "sha256": None}
     if spec.source == "digits":
-        source = _digits(cast(int, spec.test), f"{section}.test")
+        data = _digits(cast(int, spec.test), f"{section}.test")
     else:
-        name = cast(str, spec.archive)
-        root = os.environ.get("DVC_ROOT")
-        downloads = Path(root, "data") if root else destination.parent
-        try:
-            archive = fetch(name, spec.md5, spec.sha256, spec.mirrors, downloads / name)
-        except UserError as error:
-            raise UserError(f"{section}.archive: {error}") from None
-        source = (
-            _image_folder(archive, spec) if spec.source == "image_folder" else _cifar(archive, spec.source)
-        )
-    if len(source.classes) != spec.classes:
-        raise UserError(f"{section}.classes: {spec.classes}, but {spec.source} has {len(source.classes)}")
-    train = _first(source.train, spec.train, f"{section}.train")
-    test = _first(source.test, spec.test, f"{section}.test")
+        archive = _archive(spec, destination.parent, section)
+        data = _image_folder(archive, spec) if spec.source == "image_folder" else _cifar(archive, spec.source)
+        description["sha256"] = None if archive.is_dir() else sha256(archive)
+    description |= {"order": data.order, "classes": data.classes}
+    if len(data.classes) != spec.classes:
+        raise UserError(f"{section}.classes: {spec.classes}, but {spec.source} has {len(data.classes)}")
+    for key, wanted, there in (
+        ("train", spec.train, len(data.train.labels)),
+        ("test", spec.test, len(data.test.labels)),
+    ):
+        if wanted is not None and wanted > there:
+            raise UserError(f"{section}.{key}: {wanted} is more than the {there} images that there are")
+    train, test = data.train.take(slice(spec.train)), data.test.take(slice(spec.test))
     held_out = _stratified(train.labels, spec.validation, spec.split_seed, f"{section}.validation")
-    parts = {"train": train.take(~held_out), "validation": train.take(held_out), "test": test}
-    description: dict[str, Any] = {
-        "source": spec.source,
-        "archive": spec.archive,
-        "sha256": source.sha256,
-        "order": source.order,
-        "classes": source.classes,
-    }
+    splits = {"train": train.take(~held_out), "validation": train.take(held_out), "test": test}
     tensors = {
         f"{split}_{kind}": np.ascontiguousarray(array)
-        for split, part in parts.items()
-        for kind, array in part._asdict().items()
+        for split, subset in splits.items()
+        for kind, array in subset._asdict().items()
     }
     # one key only: safetensors writes several in an order that differs from process to process
     write_atomically(destination, save(tensors, {"dynat": json.dumps(description, sort_keys=True)}))
-    counts = {split: len(part.labels) for split, part in parts.items()}
+    counts = {split: len(subset.labels) for split, subset in splits.items()}
     return {**description, **counts, "shape": list(test.images.shape[1:])}
 
 
-def _first(part: Part, count: int | None, key: str) -> Part:
-    available = len(part.labels)
-    if count is not None and count > available:
-        raise UserError(f"{key}: {count} is more than the {available} images that there are")
-    return part.take(slice(count))
+def _archive(spec: DataSpec, folder: Path, section: str) -> Path:
+    name, root = cast(str, spec.archive), os.environ.get("DVC_ROOT")
+    downloads = Path(root, "data") if root else folder
+    try:
+        return fetch(name, spec.md5, spec.sha256, spec.mirrors, downloads / name)
+    except UserError as error:
+        raise UserError(f"{section}.archive: {error}") from None
 
 
 def _stratified(labels: Array, count: int, seed: int, key: str) -> Array:
@@ -127,44 +121,41 @@ def _stratified(labels: Array, count: int, seed: int, key: str) -> Array:
     return chosen
 
 
-def _digits(test: int, key: str) -> Source:
+def _digits(test: int, key: str) -> Dataset:
     """scikit-learn's 1,797 digits, 0..16 scaled to 0..255 and rounded (a half, 127.5, upwards)."""
     from sklearn.datasets import load_digits
 
     found = load_digits()
     images = ((found.images.astype(np.int64) * 255 + 8) // 16).astype(np.uint8)[:, None]
-    whole = Part(images, found.target.astype(np.int64))
+    whole = Subset(images, found.target.astype(np.int64))
     held_out = _stratified(whole.labels, test, DIGITS_TEST_SEED, key)
     classes = [str(name) for name in found.target_names]
-    return Source(whole.take(~held_out), whole.take(held_out), classes, "scikit-learn index", None)
+    return Dataset(whole.take(~held_out), whole.take(held_out), classes, "scikit-learn index")
 
 
-def _cifar(archive: Path, source: str) -> Source:
+def _cifar(archive: Path, source: str) -> Dataset:
     """CIFAR-10 or -100 in the official order, batches as torchvision lists them."""
     from torchvision import datasets
 
     layout = datasets.CIFAR10 if source == "cifar10" else datasets.CIFAR100
-    folder, meta = layout.base_folder, layout.meta
-    train, test = (
-        [f"{folder}/{name}" for name, _ in files] for files in (layout.train_list, layout.test_list)
-    )
-    names = f"{folder}/{meta['filename']}"
-    wanted = {*train, *test, names}
-    if missing := wanted - set(archives.listing(archive)):
-        raise UserError(f"{archive.name}: not {source}: {min(missing)} is missing")
-    batches = {
-        name: _unpickle(f"{archive.name}: {name}", content)
-        for name, content in archives.contents(archive, wanted)
-    }
-    labels = "labels" if source == "cifar10" else "fine_labels"
-    found = batches[names].get(meta["key"])
+    key = "labels" if source == "cifar10" else "fine_labels"
+    train, test = ([name for name, _ in batches] for batches in (layout.train_list, layout.test_list))
+    names = {f"{layout.base_folder}/{name}": name for name in (layout.meta["filename"], *train, *test)}
+    with opened(archive) as files:
+        if missing := names.keys() - files.keys():
+            raise UserError(f"{archive.name}: not {source}: {min(missing)} is missing")
+        content = {names[path]: (path, read()) for path, read in files.items() if path in names}
+    batches = {name: _unpickle(f"{archive.name}: {path}", data) for name, (path, data) in content.items()}
+    found = batches[layout.meta["filename"]].get(layout.meta["key"])
     classes = [_text(name) for name in found] if isinstance(found, list) else []
 
-    def part(files: list[str]) -> Part:
-        read = [_batch(f"{archive.name}: {name}", batches[name], labels, len(classes)) for name in files]
-        return Part(*(np.concatenate(arrays) for arrays in zip(*read, strict=True)))
+    def joined(names: list[str]) -> Subset:
+        read = [
+            _batch(f"{archive.name}: {content[name][0]}", batches[name], key, len(classes)) for name in names
+        ]
+        return Subset(*(np.concatenate(arrays) for arrays in zip(*read, strict=True)))
 
-    return Source(part(train), part(test), classes, "official index", archives.sha256(archive))
+    return Dataset(joined(train), joined(test), classes, "official index")
 
 
 def _text(value: Any) -> str:
@@ -203,7 +194,7 @@ def _unpickle(name: str, content: bytes) -> dict[str, Any]:
         raise UserError(f"{name}: not a CIFAR batch ({type(error).__name__})") from error
 
 
-def _batch(name: str, batch: dict[str, Any], key: str, classes: int) -> Part:
+def _batch(name: str, batch: dict[str, Any], key: str, classes: int) -> Subset:
     """The images and labels of a batch, every field of the pickled array checked before it is believed."""
     try:
         _, (count, width), dtype, fortran, pixels = batch["data"].state
@@ -217,82 +208,66 @@ def _batch(name: str, batch: dict[str, Any], key: str, classes: int) -> Part:
             raise ValueError(f"{key} must lie in 0..{classes - 1}")
     except (AttributeError, IndexError, KeyError, OverflowError, TypeError, ValueError) as error:
         raise UserError(f"{name}: not a CIFAR batch ({error})") from error
-    return Part(images.reshape(count, 3, 32, 32), labels)
+    return Subset(images.reshape(count, 3, 32, 32), labels)
 
 
-def _image_folder(archive: Path, spec: DataSpec) -> Source:
+def _image_folder(archive: Path, spec: DataSpec) -> Dataset:
     """``train/<class>/*.jpg|png`` and ``test/<class>/*``, ordered by file stem, then class."""
-    members = _members(archive)
-    train, test = members["train"][: spec.train], members["test"][: spec.test]
-    classes = sorted({label for _, label, _ in members["train"]})
-    if odd := set(classes) ^ {label for _, label, _ in members["test"]}:
-        raise UserError(f"{archive.name}: class {min(odd)!r} is not in both train and test")
-    images = _decode(archive, [name for *_, name in (*train, *test)])
-    labels = np.array([classes.index(label) for _, label, _ in (*train, *test)], dtype=np.int64)
-    whole, first = Part(images, labels), len(train)
+    with opened(archive) as files:
+        train, test = (_members(archive.name, split, files) for split in ("train", "test"))
+        classes = sorted({label for _, label, _ in train})
+        if odd := set(classes) ^ {label for _, label, _ in test}:
+            raise UserError(f"{archive.name}: class {min(odd)!r} is not in both train and test")
+        chosen = [*train[: spec.train], *test[: spec.test]]
+        images = _decode(archive.name, [name for *_, name in chosen], files)
+    labels = np.array([classes.index(label) for _, label, _ in chosen], dtype=np.int64)
+    whole, first = Subset(images, labels), len(train[: spec.train])
     order = "file stem, then class"
-    return Source(
-        whole.take(slice(first)), whole.take(slice(first, None)), classes, order, archives.sha256(archive)
-    )
+    return Dataset(whole.take(slice(first)), whole.take(slice(first, None)), classes, order)
 
 
-def _members(archive: Path) -> dict[str, list[tuple[str, str, str]]]:
-    """(stem, class, name) of each split's images in their final order; hidden and other files are left."""
-    found: dict[str, list[tuple[str, str, str]]] = {"train": [], "test": []}
-    for name in archives.listing(archive):
-        split, *rest = name.split("/")
-        if split not in found or any(part.startswith(".") for part in rest):
+def _members(archive: str, split: str, files: Mapping[str, Read]) -> list[tuple[str, str, str]]:
+    """(stem, class, name) of a split's images in their final order; hidden and other files are left."""
+    found = []
+    for name in files:
+        top, *rest = name.split("/")
+        if top != split or any(part.startswith(".") for part in rest):
             continue
         if len(rest) != 2 or not IMAGE_NAMES.fullmatch(rest[1]):
-            raise UserError(f"{archive.name}: {name!r} is not {split}/<class>/<image>.jpg or .png")
-        found[split].append((Path(rest[1]).stem, rest[0], name))
-    for split, members in found.items():
-        if not members:
-            raise UserError(f"{archive.name}: no image {split}/<class>/*.jpg or .png at its top level")
-        members.sort()
-    return found
+            raise UserError(f"{archive}: {name!r} is not {split}/<class>/<image>.jpg or .png")
+        found.append((Path(rest[1]).stem, rest[0], name))
+    if not found:
+        raise UserError(f"{archive}: no image {split}/<class>/*.jpg or .png at its top level")
+    return sorted(found)
 
 
-def _decode(archive: Path, names: list[str]) -> Array:
+def _decode(archive: str, names: list[str], files: Mapping[str, Read]) -> Array:
     """The named images, uint8 [N, C, H, W]; all must have the size and mode of the archive's first."""
     rows = {name: row for row, name in enumerate(names)}
-    images, expected = np.empty(0, np.uint8), None
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", Image.DecompressionBombWarning)  # our own limit is far lower
-        members = archives.contents(archive, set(names))
-        for name, content in tqdm(members, "decoding", len(names), leave=False, disable=None):
-            pixels = _pixels(f"{archive.name}: {name}", content)
-            if expected is None:
-                expected = (name, pixels.shape)
-                if len(names) * pixels.size > MAX_TOTAL_BYTES:
-                    raise UserError(
-                        f"{archive.name}: more than {MAX_TOTAL_BYTES} bytes of pixels; set data.train"
-                    )
-                images = np.empty((len(names), *pixels.shape), np.uint8)
-            elif pixels.shape != expected[1]:
-                here, there = _shape(pixels.shape), f"{expected[0]} is {_shape(expected[1])}"
-                raise UserError(f"{archive.name}: {name} is {here}, but {there}; all must be alike")
-            images[rows.pop(name)] = pixels
-    if rows:
-        raise UserError(f"{archive.name}: changed while it was read; run the stage again")
+    images, first = np.empty(0, np.uint8), ("", "")
+    for name in tqdm([name for name in files if name in rows], "decoding", leave=False, disable=None):
+        pixels, kind = _pixels(f"{archive}: {name}", files[name]())
+        if not first[0]:
+            first = (name, kind)
+            if len(names) * pixels.size > MAX_TOTAL_BYTES:
+                raise UserError(f"{archive}: more than {MAX_TOTAL_BYTES} bytes of pixels; set data.train")
+            images = np.empty((len(names), *pixels.shape), np.uint8)
+        elif kind != first[1]:
+            raise UserError(f"{archive}: {name} is {kind}, but {first[0]} is {first[1]}; all must be alike")
+        images[rows[name]] = pixels
     return images
 
 
-def _shape(shape: tuple[int, ...]) -> str:
-    return f"{shape[2]}×{shape[1]} {'RGB' if shape[0] == 3 else 'grayscale'}"
-
-
-def _pixels(name: str, content: bytes) -> Array:
-    """An image as uint8 [C, H, W], C = 1 or 3; refused by its header before its pixels are decoded."""
+def _pixels(name: str, content: bytes) -> tuple[Array, str]:
+    """An image as uint8 [C, H, W], C = 1 or 3, and its size and mode, which are read before it is decoded."""
     try:
         with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
+            kind = f"{image.width}×{image.height} {'grayscale' if image.mode == 'L' else image.mode}"
             if image.mode not in ("L", "RGB"):
                 raise UserError(f"{name}: mode {image.mode}; convert it to 8-bit grayscale or RGB")
             if image.width * image.height > MAX_IMAGE_PIXELS:
-                raise UserError(
-                    f"{name}: {image.width}×{image.height} is more than {MAX_IMAGE_PIXELS} pixels"
-                )
+                raise UserError(f"{name}: {kind} is more than {MAX_IMAGE_PIXELS} pixels")
             pixels = np.asarray(image)
     except BROKEN_IMAGE as error:
         raise UserError(f"{name}: not a readable JPEG or PNG ({' '.join(str(error).split())})") from error
-    return pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)
+    return (pixels[None] if pixels.ndim == 2 else pixels.transpose(2, 0, 1)), kind
