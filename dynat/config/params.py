@@ -4,6 +4,7 @@ Every stage calls :func:`load` before anything else. A fault is one line that na
 would type it after ``dvc exp run -S``.
 """
 
+from math import inf
 from pathlib import Path
 from typing import Annotated, Any, Literal, NamedTuple
 
@@ -29,18 +30,19 @@ from dynat.errors import UserError
 
 
 class Contents(NamedTuple):
-    """What a source holds: classes, channels, height and width of an image, images."""
+    """What a source holds; nothing and infinities where only the archive can tell."""
 
-    classes: int
-    shape: tuple[int, int, int]
-    train: int
-    test: int
+    classes: int | None = None
+    shape: tuple[int, int, int] | None = None  # channels, height, width of an image
+    train: float = inf  # images
+    test: float = inf
 
 
 SOURCES = {
-    "digits": Contents(10, (1, 8, 8), 1797, 0),
+    "digits": Contents(10, (1, 8, 8), 1797),  # of which data.test makes the test set
     "cifar10": Contents(10, (3, 32, 32), 50_000, 10_000),
     "cifar100": Contents(100, (3, 32, 32), 50_000, 10_000),
+    "image_folder": Contents(),
 }
 RESIDUAL = {"blocks", "strides", "width"}
 OPTIONS = {
@@ -81,33 +83,30 @@ class DataSpec(Section):
 
     @model_validator(mode="after")
     def _fits_the_source(self) -> "DataSpec":
-        if self.contents and self.classes != self.contents.classes:
+        if self.classes != (self.contents.classes or self.classes):
             raise KeyedError("classes", f"source={self.source} has {self.contents.classes}")
         if self.source == "digits" and self.test is None:
             raise KeyedError("test", "the digits have no test set of their own; give its size")
-        if self.training_images is not None and self.training_images < 1:
+        if self.training_images < 1:
             key = "validation" if self.training_images + self.validation > 0 else "test"
             raise KeyedError(key, f"{getattr(self, key)} images leave none for training")
         return self
 
     @property
-    def contents(self) -> Contents | None:
-        """What the source holds, or None where only the archive can tell."""
-        return SOURCES.get(self.source)
+    def contents(self) -> Contents:
+        """What the source holds."""
+        return SOURCES[self.source]
 
     @property
-    def training_images(self) -> int | None:
-        """Images left for training, or None where only the archive can tell."""
-        known = [] if self.train is None else [self.train]
-        if self.contents:
-            known.append(self.contents.train - (self.test or 0 if self.source == "digits" else 0))
-        return min(known) - self.validation if known else None
+    def training_images(self) -> float:
+        """Images left for training at most."""
+        kept = (self.test or 0) if self.source == "digits" else 0
+        return min(self.train or inf, self.contents.train - kept) - self.validation
 
     @property
-    def test_images(self) -> int | None:
-        """Images of the test set, or None where only the archive can tell."""
-        known = [count for count in (self.test, self.contents and self.contents.test) if count]
-        return min(known, default=None)
+    def test_images(self) -> float:
+        """Images of the test set at most."""
+        return min(self.test or inf, self.contents.test)
 
 
 class Network(Section):
@@ -183,30 +182,22 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _fits_the_data(self) -> "Study":
-        for key, wanted, available in (
-            ("train.batch", self.train.batch, self.data.training_images),
-            ("attack.n", self.attack.n or 0, self.data.test_images),
-            ("autoattack.n", max(self.autoattack.n), self.data.test_images),
+        for key, wanted, available, part in (
+            ("train.batch", self.train.batch, self.data.training_images, "training"),
+            ("attack.n", self.attack.n or 0, self.data.test_images, "test"),
+            ("autoattack.n", max(self.autoattack.n), self.data.test_images, "test"),
         ):
-            if available is not None and wanted > available:
-                part = "training" if key == "train.batch" else "test"
+            if wanted > available:
                 raise KeyedError(key, f"{wanted} is more than the {available} {part} images")
-        if self.data.contents:
-            channels, *sides = self.data.contents.shape
-            if self.train.pad >= min(sides):
-                raise KeyedError("train.pad", f"must be below {min(sides)}, the side of an image")
-            if self.train.mean is not None and len(self.train.mean) != channels:
-                raise KeyedError("train.mean", f"must have {channels} entries, one per channel of an image")
-        return self
-
-    @model_validator(mode="after")
-    def _compiled_code_is_not_pinned(self) -> "Study":
-        if self.train.compile and self.machine.instructions:
-            raise KeyedError(
-                "train.compile",
-                f"true cannot keep the bits that machine.instructions={self.machine.instructions} pins; "
-                f"set machine.instructions=null or train.compile=false",
-            )
+        if shape := self.data.contents.shape:
+            if self.train.pad >= min(shape[1:]):
+                raise KeyedError("train.pad", f"must be below {min(shape[1:])}, the side of an image")
+            if self.train.mean is not None and len(self.train.mean) != shape[0]:
+                raise KeyedError("train.mean", f"must have {shape[0]} entries, one per channel of an image")
+        if self.train.compile and (pinned := self.machine.instructions):
+            remedy = "set machine.instructions=null or train.compile=false"
+            why = f"true cannot keep the bits that machine.instructions={pinned} pins"
+            raise KeyedError("train.compile", f"{why}; {remedy}")
         return self
 
 

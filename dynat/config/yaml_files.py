@@ -10,14 +10,12 @@ from typing import Any
 import yaml
 
 MAX_DEPTH = 100  # libyaml composes recursively: far deeper nesting would overflow the stack
-SCALARS = {
+FLOAT = r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan"
+SCALARS = {  # pattern, and its first characters
     "null": (r"~|null|Null|NULL|", ["~", "n", "N", ""]),
     "bool": (r"true|True|TRUE|false|False|FALSE", list("tTfF")),
     "int": (r"[-+]?[0-9]{1,300}", list("-+0123456789")),
-    "float": (
-        r"[-+]?(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:[eE][-+]?[0-9]+)?|[-+]?\.inf|\.nan",
-        list("-+.0123456789"),
-    ),
+    "float": (FLOAT, list("-+.0123456789")),
 }
 
 

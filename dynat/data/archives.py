@@ -48,41 +48,41 @@ def opened(archive: Path) -> Iterator[dict[str, Read]]:
         raise UserError(f"{archive.name}: cannot be read as a folder, tar or zip: {why}") from error
 
 
-Member = tuple[str, int, bool, bool, Read]  # name, bytes, whether a file, whether a folder, content
+Member = tuple[str, int, str, Read]  # name, bytes, kind, content
 
 
 def _zipped(package: zipfile.ZipFile) -> Iterator[Member]:
     for member in package.infolist():
-        plain = stat.S_IFMT(member.external_attr >> 16) in (0, stat.S_IFREG, stat.S_IFDIR)
-        is_folder = member.is_dir()
-        read = partial(package.read, member)  # no more than the header says, whatever it unpacks to
-        yield member.orig_filename, member.file_size, plain and not is_folder, plain and is_folder, read
+        kind = "folder" if member.is_dir() else "file"
+        if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
+            kind = "other"
+        yield member.orig_filename, member.file_size, kind, partial(package.read, member)
 
 
 def _taped(tape: tarfile.TarFile) -> Iterator[Member]:
+    def read(member: tarfile.TarInfo) -> bytes:
+        stream = tape.extractfile(member)
+        return stream.read() if stream else b""
+
     for member in tape:
-        yield member.name, member.size, member.isfile(), member.isdir(), partial(_read, tape, member)
-
-
-def _read(tape: tarfile.TarFile, member: tarfile.TarInfo) -> bytes:
-    stream = tape.extractfile(member)
-    return stream.read() if stream else b""
+        kind = "file" if member.isfile() else "folder" if member.isdir() else "other"
+        yield member.name, member.size, kind, partial(read, member)
 
 
 def _checked(archive: Path, members: Iterable[Member]) -> dict[str, Read]:
     """The regular files among ``members``; refuses what no data set needs."""
     files: dict[str, Read] = {}
-    for name, size, is_file, is_folder, read in members:
-        if not (is_file or is_folder):
+    for name, size, kind, read in members:
+        if kind == "other":
             raise UserError(f"{archive.name}: {name!r} is a link or device: refused")
         parts = name.split("/")
         if name.startswith("/") or ".." in parts or re.search(r"[\\\0]|^[A-Za-z]:", name):
             raise UserError(f"{archive.name}: member {name!r} points outside the archive: refused")
         name = "/".join(part for part in parts if part not in ("", "."))
-        if is_file and name in files:
+        if name in files:
             raise UserError(f"{archive.name}: {name!r} is in it twice")
         if size > MAX_MEMBER_BYTES:
             raise UserError(f"{archive.name}: {name!r} has {size} bytes, more than {MAX_MEMBER_BYTES}")
-        if is_file:
+        if kind == "file":
             files[name] = read
     return files

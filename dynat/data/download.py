@@ -8,7 +8,8 @@ import hashlib
 import os
 import re
 import sys
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import partial
 from http.client import HTTPException
 from pathlib import Path
 from urllib.error import HTTPError
@@ -24,7 +25,7 @@ from dynat.runtime.files import explained
 MIRROR = "DYNAT_DATA_MIRROR"
 TIMEOUT = 30  # seconds without a byte
 CHUNK = 1 << 20
-INTERRUPTIONS = 20  # after so many the next mirror is asked
+ATTEMPTS = 20  # after so many interruptions the next mirror is asked
 WEB = ("http://", "https://")
 HTML = re.compile(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|head|body|\?xml|!--)", re.IGNORECASE)
 
@@ -42,39 +43,34 @@ def fetch(name: str, md5: str | None, sha256: str | None, mirrors: Sequence[str]
     no place has the archive, or if it differs from the hash (hexadecimal; without one nothing is downloaded).
     """
     expected = {algorithm: digest for algorithm, digest in (("md5", md5), ("sha256", sha256)) if digest}
-    own, looked = os.environ.get(MIRROR, "").strip(), [f"{MIRROR} (unset)"]
+    own, looked = os.environ.get(MIRROR, "").strip(), f"{MIRROR} (unset)"
     if own.startswith(WEB):
-        mirrors, looked = [own, *mirrors], []
+        mirrors, looked = [own, *mirrors], f"{MIRROR}={own}"
     elif own:
         folder = Path(os.environ.get("DVC_ROOT", ""), Path(own).expanduser())
         if (folder / name).exists():
             return _verified(folder / name, expected)
-        looked = [f"{MIRROR}={own}" + ("" if folder.is_dir() else " (no such folder)")]
-    if destination.exists():
-        return _verified(destination, expected)
-    if mirrors and not expected:
-        raise UserError(f"{name}: without md5 or sha256 it is not downloaded; give one, or set {MIRROR}")
-    looked.append(str(destination))
-    part = destination.with_name(f"{destination.name}.part")
-    if mirrors:
+        looked = f"{MIRROR}={own}" + ("" if folder.is_dir() else " (no such folder)")
+    places = [looked, str(destination)]
+    part = _part(destination)
+    if mirrors and not destination.exists():
+        if not expected:
+            raise UserError(f"{name}: without md5 or sha256 it is not downloaded; give one, or set {MIRROR}")
         with explained(destination):
             destination.parent.mkdir(parents=True, exist_ok=True)
             with FileLock(f"{part}.lock"):
-                for base in mirrors:
-                    if destination.exists():  # by another process while this one waited
-                        return _verified(destination, expected)
-                    url = f"{base.rstrip('/')}/{quote(name)}"
-                    try:
-                        _download(url, part, expected)
-                    except _MirrorError as error:
-                        looked.append(f"{url} ({error})")
-                    else:
-                        part.replace(destination)
-                        return destination
-    rest = f"; {part} is kept, run again to resume" if part.exists() else ""
+                urls = (f"{base.rstrip('/')}/{quote(name)}" for base in mirrors)
+                places += _download(urls, destination, expected)
+    if destination.exists():
+        return _verified(destination, expected)
+    kept = f"; {part} is kept, run again to resume" if part.exists() else ""
     raise UserError(
-        f"{name}: not found; looked in {', '.join(looked)}; set {MIRROR} to a folder or URL with it{rest}"
+        f"{name}: not found; looked in {', '.join(places)}; set {MIRROR} to a folder or URL with it{kept}"
     )
+
+
+def _part(destination: Path) -> Path:
+    return destination.with_name(f"{destination.name}.part")
 
 
 def _verified(path: Path, expected: Mapping[str, str]) -> Path:
@@ -90,39 +86,42 @@ def _mismatch(path: Path, expected: Mapping[str, str]) -> str | None:
     """What differs from the expected hashes, with size and kind, or None."""
     for algorithm, wanted in expected.items():
         with path.open("rb") as file:
-            digest = hashlib.file_digest(
-                file, lambda name=algorithm: hashlib.new(name, usedforsecurity=False)
-            )
-            file.seek(0)
-            kind = "; looks like an HTML page" if HTML.match(file.read(512)) else ""
+            kind = "; looks like an HTML page" if HTML.match(file.peek(512)) else ""
+            digest = hashlib.file_digest(file, partial(hashlib.new, algorithm, usedforsecurity=False))
         if (found := digest.hexdigest()) != wanted.lower():
             return f"expected {algorithm} {wanted}, found {found} ({path.stat().st_size} bytes{kind})"
     return None
 
 
-def _download(url: str, part: Path, expected: Mapping[str, str]) -> None:
-    """Bring ``part`` to its verified end, or raise ``_MirrorError``; ``OSError`` is the disk's."""
-    resumed = part.exists()  # a part begun elsewhere may be the start of another file
-    for _ in range(INTERRUPTIONS):
-        have = part.stat().st_size if part.exists() else 0
-        try:
-            for chunk in _body(url, have):
-                with part.open("ab") as file:
-                    file.write(chunk)
-        except _MirrorError:
-            if part.exists() and part.stat().st_size > have:
-                continue
-            raise
-        with part.open("ab") as file:
-            os.fsync(file.fileno())
-        problem = _mismatch(part, expected)
-        if problem is None:
-            return
-        part.unlink()
-        if not resumed:
-            raise _MirrorError(problem)
-        resumed = False
-    raise _MirrorError(f"interrupted {INTERRUPTIONS} times")
+def _download(urls: Iterable[str], destination: Path, expected: Mapping[str, str]) -> list[str]:
+    """Bring the first of ``urls`` that delivers to ``destination``; returns those that do not, with why."""
+    part, failed = _part(destination), list[str]()
+    for url in urls:
+        for _ in range(ATTEMPTS):
+            if destination.exists():  # by another process while this one waited
+                return failed
+            have = part.stat().st_size if part.exists() else 0
+            try:
+                for chunk in _body(url, have):
+                    with part.open("ab") as file:
+                        file.write(chunk)
+            except _MirrorError as error:
+                problem: str | None = str(error)
+                if part.exists() and part.stat().st_size > have:
+                    continue
+            else:
+                with part.open("ab") as file:  # an empty answer has made none
+                    os.fsync(file.fileno())
+                problem = _mismatch(part, expected)
+                if problem is None:
+                    part.replace(destination)
+                    return failed
+                part.unlink()
+                if have:  # perhaps the start of another file
+                    continue
+            break
+        failed.append(f"{url} ({problem})")
+    return failed
 
 
 def _body(url: str, start: int) -> Iterator[bytes]:
@@ -134,13 +133,9 @@ def _body(url: str, start: int) -> Iterator[bytes]:
         request = Request(url, headers=headers | ({"Range": f"bytes={start}-"} if start else {}))
         with urlopen(request, timeout=TIMEOUT) as response:
             position = start if response.status == 206 else 0
-            if position and not response.headers.get("Content-Range", "").startswith(f"bytes {start}-"):
-                raise _MirrorError("answered with another range than asked")
             length = response.headers.get("Content-Length", "")
             total = position + int(length) if length.isdigit() else None
-            print(
-                f"downloading {url}" + (f" from byte {start}" if start else ""), file=sys.stderr, flush=True
-            )
+            print(f"downloading {url} from byte {start}", file=sys.stderr, flush=True)
             with tqdm(total=total, initial=position, unit="B", unit_scale=True, disable=None) as bar:
                 while chunk := response.read1(CHUNK):
                     if start and position == 0 and HTML.match(chunk):

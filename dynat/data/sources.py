@@ -72,10 +72,8 @@ def prepare(spec: DataSpec, destination: Path, section: str = "data") -> dict[st
     description |= {"order": data.order, "classes": data.classes}
     if len(data.classes) != spec.classes:
         raise UserError(f"{section}.classes: {spec.classes}, but {spec.source} has {len(data.classes)}")
-    for key, wanted, there in (
-        ("train", spec.train, len(data.train.labels)),
-        ("test", spec.test, len(data.test.labels)),
-    ):
+    for key in ("train", "test"):
+        wanted, there = getattr(spec, key), len(getattr(data, key).labels)
         if wanted is not None and wanted > there:
             raise UserError(f"{section}.{key}: {wanted} is more than the {there} images that there are")
     train, test = data.train.take(slice(spec.train)), data.test.take(slice(spec.test))
@@ -150,10 +148,8 @@ def _cifar(archive: Path, source: str) -> Dataset:
     classes = [_text(name) for name in found] if isinstance(found, list) else []
 
     def joined(names: list[str]) -> Subset:
-        read = [
-            _batch(f"{archive.name}: {content[name][0]}", batches[name], key, len(classes)) for name in names
-        ]
-        return Subset(*(np.concatenate(arrays) for arrays in zip(*read, strict=True)))
+        read = (_batch(f"{archive.name}: {content[n][0]}", batches[n], key, len(classes)) for n in names)
+        return Subset(*map(np.concatenate, zip(*read, strict=True)))
 
     return Dataset(joined(train), joined(test), classes, "official index")
 
