@@ -1,12 +1,15 @@
 """What the tests of data sources share: small archives and a `prepare` that is looked at from outside."""
 
+import hashlib
 import io
 import tarfile
+import zipfile
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
+from PIL import Image
 from safetensors.numpy import load_file
 
 from dynat.config.params import DataSpec
@@ -54,3 +57,37 @@ def as_folder(path: Path, files: Files) -> Path:
         (path / name).parent.mkdir(parents=True, exist_ok=True)
         (path / name).write_bytes(content)
     return path
+
+
+def encoded(pixels: np.ndarray[Any, Any], form: str = "PNG", mode: str | None = None) -> bytes:
+    buffer = io.BytesIO()
+    image = Image.fromarray(pixels)
+    (image.convert(mode) if mode else image).save(buffer, form)
+    return buffer.getvalue()
+
+
+def small_set(shape: tuple[int, ...] = (6, 5, 3)) -> tuple[Files, Arrays]:
+    """Files in scrambled order, and the arrays that they must become."""
+    order = {
+        "train": [("zebra", "00"), ("ant", "01"), ("ant", "02"), ("zebra", "02"), ("ant", "10")],
+        "test": [("ant", "0"), ("zebra", "1")],
+    }
+    files, arrays = {}, {}
+    for split, members in order.items():
+        images = [picture(*shape) for _ in members]
+        for (label, stem), image in zip(members, images, strict=True):
+            files[f"{split}/{label}/{stem}.png"] = encoded(image)
+        stacked = np.stack(images)
+        arrays[f"{split}_images"] = stacked.transpose(0, 3, 1, 2) if stacked.ndim == 4 else stacked[:, None]
+        arrays[f"{split}_labels"] = np.array([["ant", "zebra"].index(label) for label, _ in members])
+    return dict(sorted(files.items(), key=lambda item: hashlib.md5(item[0].encode()).digest())), arrays
+
+
+def as_zip(path: Path, files: Files) -> Path:
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name, content in files.items():
+            archive.writestr(name, content)
+    return path
+
+
+FOLDER: dict[str, Any] = {"source": "image_folder", "classes": 2}
