@@ -195,9 +195,11 @@ class Study(Section):
             if self.train.mean is not None and len(self.train.mean) != shape[0]:
                 raise KeyedError("train.mean", f"must have {shape[0]} entries, one per channel of an image")
         if self.train.compile and (pinned := self.machine.instructions):
-            remedy = "set machine.instructions=null or train.compile=false"
-            why = f"true cannot keep the bits that machine.instructions={pinned} pins"
-            raise KeyedError("train.compile", f"{why}; {remedy}")
+            raise KeyedError(
+                "train.compile",
+                f"true cannot keep the bits that machine.instructions={pinned} pins; "
+                f"set machine.instructions=null or train.compile=false",
+            )
         return self
 
 
@@ -243,8 +245,10 @@ class Params(Section):
                     self.recipe(setting, name)
                 except ValidationError as error:
                     key, reason = describe(error)
-                    changes = f"once study.{setting}.train and alpha have changed it"
-                    raise KeyedError(f"recipes.{name}.{key}", f"{reason}, {changes}") from None
+                    raise KeyedError(
+                        f"recipes.{name}.{key}",
+                        f"{reason}, once study.{setting}.train and alpha have changed it",
+                    ) from None
         return self
 
     def recipe(self, setting: str, method: str) -> Recipe:

@@ -1,4 +1,4 @@
-"""Methods as data: a recipe is five independent choices and their constants (design, "Methods as data").
+"""Methods as data: a recipe is five independent choices and their constants (docs/methods.md).
 
 No code of a method lives here; the modules of ``dynat.methods`` carry out what a recipe says.
 """
@@ -106,7 +106,7 @@ class Smoothing(Section):
 
 
 class BatchNorm(Section):
-    """Which forwards move the running statistics, in order, once per step (methods.md, section 1).
+    """Which forwards move the running statistics, in order, once per step (docs/methods.md, section 1).
 
     ``target``: null for just the forwards that the loss needs; ``natural_after`` runs after the step.
     ``guide``: how often the published code forwards the guide on the natural batch.
@@ -234,8 +234,11 @@ def _check_epochs(recipe: Recipe) -> None:
     }
     for key, epoch in first.items():
         if epoch >= epochs > 1:  # a single epoch, as one tries a recipe out, comes before all of them
-            advice = "study.<setting>.train.epochs scales both"
-            raise KeyedError(key, f"epoch {epoch} is never reached with schedule.epochs={epochs}; {advice}")
+            raise KeyedError(
+                key,
+                f"epoch {epoch} is never reached with schedule.epochs={epochs}; "
+                f"study.<setting>.train.epochs scales both",
+            )
 
 
 class Train(Section):

@@ -38,11 +38,11 @@ def opened(archive: Path) -> Iterator[dict[str, Read]]:
             names = glob.iglob("**", root_dir=archive, recursive=True, include_hidden=True)
             yield {name: (archive / name).read_bytes for name in names if (archive / name).is_file()}
         elif zipfile.is_zipfile(archive):
-            with zipfile.ZipFile(archive) as package:
-                yield _checked(archive, _zipped(package))
+            with zipfile.ZipFile(archive) as file:
+                yield _checked(archive, _zip_members(file))
         else:
-            with tarfile.open(archive, "r:*") as tape:
-                yield _checked(archive, _taped(tape))
+            with tarfile.open(archive, "r:*") as file:
+                yield _checked(archive, _tar_members(file))
     except BROKEN as error:
         why = " ".join(str(error).split()).partition(":")[0] or type(error).__name__
         raise UserError(f"{archive.name}: cannot be read as a folder, tar or zip: {why}") from error
@@ -51,20 +51,20 @@ def opened(archive: Path) -> Iterator[dict[str, Read]]:
 Member = tuple[str, int, str, Read]  # name, bytes, kind, content
 
 
-def _zipped(package: zipfile.ZipFile) -> Iterator[Member]:
-    for member in package.infolist():
+def _zip_members(file: zipfile.ZipFile) -> Iterator[Member]:
+    for member in file.infolist():
         kind = "folder" if member.is_dir() else "file"
         if stat.S_IFMT(member.external_attr >> 16) not in (0, stat.S_IFREG, stat.S_IFDIR):
             kind = "other"
-        yield member.orig_filename, member.file_size, kind, partial(package.read, member)
+        yield member.orig_filename, member.file_size, kind, partial(file.read, member)
 
 
-def _taped(tape: tarfile.TarFile) -> Iterator[Member]:
+def _tar_members(file: tarfile.TarFile) -> Iterator[Member]:
     def read(member: tarfile.TarInfo) -> bytes:
-        stream = tape.extractfile(member)
+        stream = file.extractfile(member)
         return stream.read() if stream else b""
 
-    for member in tape:
+    for member in file:
         kind = "file" if member.isfile() else "folder" if member.isdir() else "other"
         yield member.name, member.size, kind, partial(read, member)
 

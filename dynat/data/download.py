@@ -34,6 +34,10 @@ class _MirrorError(Exception):
     """A mirror could not deliver; the text says why."""
 
 
+class _MismatchError(Exception):
+    """A file is not the one that is wanted; the text says why."""
+
+
 def fetch(name: str, md5: str | None, sha256: str | None, mirrors: Sequence[str], destination: Path) -> Path:
     """Find the archive ``name``, verify it and return its path.
 
@@ -76,27 +80,30 @@ def _part(destination: Path) -> Path:
 def _verified(path: Path, expected: Mapping[str, str]) -> Path:
     if path.is_dir() and expected:
         raise UserError(f"{path} is a folder, which has no {' or '.join(expected)}; set it to null")
-    with explained(path):
-        if problem := _mismatch(path, expected):
-            raise UserError(f"{path}: {problem}; delete or replace it")
+    try:
+        with explained(path):
+            _check(path, expected)
+    except _MismatchError as error:
+        raise UserError(f"{path}: {error}; delete or replace it") from None
     return path
 
 
-def _mismatch(path: Path, expected: Mapping[str, str]) -> str | None:
-    """What differs from the expected hashes, with size and kind, or None."""
+def _check(path: Path, expected: Mapping[str, str]) -> None:
+    """Raise ``_MismatchError`` if a hash differs from the expected one; names size and kind too."""
     for algorithm, wanted in expected.items():
         with path.open("rb") as file:
             kind = "; looks like an HTML page" if HTML.match(file.peek(512)) else ""
             digest = hashlib.file_digest(file, partial(hashlib.new, algorithm, usedforsecurity=False))
         if (found := digest.hexdigest()) != wanted.lower():
-            return f"expected {algorithm} {wanted}, found {found} ({path.stat().st_size} bytes{kind})"
-    return None
+            size = path.stat().st_size
+            raise _MismatchError(f"expected {algorithm} {wanted}, found {found} ({size} bytes{kind})")
 
 
 def _download(urls: Iterable[str], destination: Path, expected: Mapping[str, str]) -> list[str]:
     """Bring the first of ``urls`` that delivers to ``destination``; returns those that do not, with why."""
     part, failed = _part(destination), list[str]()
     for url in urls:
+        again, reason = True, ""
         for _ in range(ATTEMPTS):
             if destination.exists():  # by another process while this one waited
                 return failed
@@ -105,22 +112,18 @@ def _download(urls: Iterable[str], destination: Path, expected: Mapping[str, str
                 for chunk in _body(url, have):
                     with part.open("ab") as file:
                         file.write(chunk)
-            except _MirrorError as error:
-                problem: str | None = str(error)
-                if part.exists() and part.stat().st_size > have:
-                    continue
-            else:
                 with part.open("ab") as file:  # an empty answer has made none
                     os.fsync(file.fileno())
-                problem = _mismatch(part, expected)
-                if problem is None:
-                    part.replace(destination)
-                    return failed
+                _check(part, expected)
+                part.replace(destination)
+            except _MirrorError as error:
+                again, reason = part.exists() and part.stat().st_size > have, str(error)
+            except _MismatchError as error:
                 part.unlink()
-                if have:  # perhaps the start of another file
-                    continue
-            break
-        failed.append(f"{url} ({problem})")
+                again, reason = have > 0, str(error)  # what was there may be the start of another file
+            if not again:
+                break
+        failed.append(f"{url} ({reason})")
     return failed
 
 
