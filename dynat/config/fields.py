@@ -44,17 +44,6 @@ def number(value: object) -> float:
     return float(value)
 
 
-def whole(value: object) -> int:
-    """Read a whole number, also written ``"10"``; raises ``ValueError`` for ``1.5``, ``true`` or words."""
-    try:
-        exact = number(value)
-    except ValueError:
-        raise ValueError("must be a whole number") from None
-    if exact != int(exact) or abs(exact) > 2**53:
-        raise ValueError("must be a whole number")
-    return int(exact)
-
-
 def _distinct_keys(value: object, validate: Callable[[object], dict[Any, Any]]) -> dict[Any, Any]:
     """Refuse ``{75: 0.1, "75": 0.2}``, of which the last would win silently."""
     result = validate(value)
@@ -69,7 +58,7 @@ Positive = Annotated[Number, Field(gt=0)]
 Unit = Annotated[Number, Field(ge=0, le=1)]
 Radius = Annotated[Number, Field(gt=0, le=1)]  # of an attack on images in [0,1]
 BelowOne = Annotated[Number, Field(ge=0, lt=1)]
-Whole = Annotated[int, BeforeValidator(whole)]
+Whole = Annotated[int, BeforeValidator(number), Field(lt=2**53)]  # beyond, a float would round it
 Count = Annotated[Whole, Field(ge=1)]
 Index = Annotated[Whole, Field(ge=0)]
 Seed = Annotated[Whole, Field(ge=0, lt=2**32)]  # as scikit-learn takes them

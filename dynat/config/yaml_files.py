@@ -50,27 +50,22 @@ def parse(text: str, anchors: bool = True) -> Any:
     Raises ``ValueError``, one line that names the line of the file, for what is no YAML, a key that stands
     twice, a tag of Python's, deep nesting, and for anchors and aliases unless they are allowed.
     """
+    event: Any
+    depth = 0
     try:
-        _refuse(text, anchors)
+        for event in yaml.parse(text, _Loader):
+            line = event.start_mark.line + 1
+            depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
+            if depth > MAX_DEPTH:
+                raise ValueError(f"line {line}: is nested too deeply")
+            if not anchors and getattr(event, "anchor", None) is not None:
+                raise ValueError(
+                    f"line {line}: write the values out instead of the anchor or alias {event.anchor!r}, "
+                    f"which `dvc exp run -S` does not keep apart"
+                )
         return yaml.load(text, _Loader)
     except yaml.MarkedYAMLError as error:
-        line = f"line {error.problem_mark.line + 1}: " if error.problem_mark else ""
-        raise ValueError(f"{line}{error.problem or 'is not YAML'}") from None
+        line = error.problem_mark.line + 1 if error.problem_mark else 1
+        raise ValueError(f"line {line}: {error.problem or 'is not YAML'}") from None
     except (yaml.YAMLError, KeyError) as error:  # KeyError: a word tagged !!bool
         raise ValueError(" ".join(str(error).split())) from None
-
-
-def _refuse(text: str, anchors: bool) -> None:
-    """Raise for what may not even be composed."""
-    depth = 0
-    event: Any
-    for event in yaml.parse(text, _Loader):
-        depth += isinstance(event, yaml.CollectionStartEvent) - isinstance(event, yaml.CollectionEndEvent)
-        line = event.start_mark.line + 1
-        if depth > MAX_DEPTH:
-            raise ValueError(f"line {line}: is nested too deeply")
-        if not anchors and getattr(event, "anchor", None) is not None:
-            raise ValueError(
-                f"line {line}: write the values out instead of the anchor or alias {event.anchor!r}, "
-                f"which `dvc exp run -S` does not keep apart"
-            )
