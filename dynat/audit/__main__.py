@@ -20,9 +20,9 @@ from typing import TYPE_CHECKING, Any
 from dynat.audit.link import Link, absent, broken, sound
 from dynat.audit.printed import CELLS, Printed, Source
 from dynat.errors import UserError
-from dynat.paper.comparison import command
-from dynat.paper.published import TITLES, rows
-from dynat.paper.tables import name
+from dynat.paper.cells import name
+from dynat.paper.published import TITLES, values
+from dynat.paper.tables import command
 from dynat.runtime.files import read_json
 
 if TYPE_CHECKING:
@@ -118,16 +118,14 @@ def select(shown: Printed, lineage: "Lineage | None", wanted: str) -> list[str]:
 
 def _unknown(shown: Printed, wanted: str) -> str:
     """Why there is no such cell: a row of the paper that was not run, a slip, or neither."""
-    for row in rows():
-        for column, value in row.values.items():
-            key = f"{row.key}/{column}"
-            if wanted not in (row.key, key, value.text):
-                continue
-            where = f"{TITLES[row.table].split(':')[0]}, {row.method}, {name(column)}"
-            if key in shown.cells:
-                return f"{wanted}: is the paper's own ({where}); ours is {key} = {shown.cells[key]['text']}"
-            paper = f"not reproduced here; the paper has {value.text} ({where})"
-            return f"{wanted}: {paper}; {command([row])} runs it"
+    for key, value in values().to_dict("index").items():
+        if wanted not in (value["row"], key, value["published"]):
+            continue
+        where = f"{TITLES[value['table']].split(':')[0]}, {value['method']}, {name(value['column'])}"
+        if key in shown.cells:
+            return f"{wanted}: is the paper's own ({where}); ours is {key} = {shown.cells[key]['text']}"
+        paper = f"not reproduced here; the paper has {value['published']} ({where})"
+        return f"{wanted}: {paper}; {command(values().loc[[key]])} runs it"
     runs = {key.rpartition("/")[0] for key in shown.cells}
     known = {key.lower(): key for key in (*shown.cells, *runs)}
     near = difflib.get_close_matches(wanted.lower(), known, 1, 0.8)

@@ -1,5 +1,6 @@
 """From the printed text to the verdicts: every number is counted again, every table written again."""
 
+import json
 from functools import cached_property, reduce
 from operator import getitem
 from pathlib import Path
@@ -9,9 +10,8 @@ from dynat.audit.link import Link, absent, broken, good
 from dynat.config.params import Params, load
 from dynat.errors import UserError
 from dynat.evaluation.verdicts import accuracy, decode
-from dynat.paper.measurements import Count
-from dynat.paper.report import sheets_html, tables_html  # not render: figures need more than Git has
-from dynat.paper.tables import printed
+from dynat.paper.cells import NUMBERS, average, difference
+from dynat.paper.report import recounted  # not render: figures need more than Git has
 from dynat.paper.tabulation import REPORT, TABLES, Tabulation, tabulate, text_files
 from dynat.runtime.files import read_csv, read_json
 
@@ -56,33 +56,33 @@ class Printed:
         cell, counts = self.cells[key], []
         for source in self.sources(key):
             robust = self._robust(source)
-            counts.append(Count(source["seed"], sum(robust), len(robust)))
-        again = printed(counts)
+            counts.append({"seed": source["seed"], "robust": sum(robust), "n": len(robust)})
+        again = average(counts)
+        again["numbers"] = {name: again[name] for name in NUMBERS}
         for name in ("text", "rule", "format", "numbers"):
-            if cell[name] != (counted := getattr(again, name)):
-                text = f"its {name} is {cell[name]!r}, the verdicts give {counted!r}"
+            if cell[name] != again[name]:
+                text = f"its {name} is {cell[name]!r}, the verdicts give {again[name]!r}"
                 return broken("printed", key, text, RETABULATE)
         if "published" in cell:
-            from dynat.paper.comparison import difference
-
-            gap = difference(again.mean, cell["published"])
+            gap = difference(again["accuracy"], cell["published"])
             if gap != cell["difference"]:
                 text = f"prints the difference {cell['difference']}, it is {gap}"
                 return broken("printed", key, text, RETABULATE)
-        shares = " ".join(f"{count.robust}/{count.n}" for count in counts)
-        return good("printed", key, f"{again.text} recounted from the verdicts ({shares}, {again.rule})")
+        shares = " ".join(f"{count['robust']}/{count['n']}" for count in counts)
+        return good(
+            "printed", key, f"{again['text']} recounted from the verdicts ({shares}, {again['rule']})"
+        )
 
     def _entry(self, key: str) -> Link:
         """The cell's entry in ``cells.json`` against the one that the results give."""
         try:
-            again = self.again[0].cells.get(key)
+            again = self.cells_again.get(key)
         except (UserError, ValueError) as error:
-            return broken(
-                "tables", f"{CELLS} {key}", f"cannot be checked: {' '.join(str(error).split())}", ""
-            )
+            text = f"cannot be checked: {' '.join(str(error).split())}"
+            return broken("tables", f"{CELLS} {key}", text, "")
         if again is None:
             return broken("tables", f"{CELLS} {key}", "no selected stage gives this number", RETABULATE)
-        if again.as_json() != self.cells[key]:
+        if again != self.cells[key]:
             return broken("tables", f"{CELLS} {key}", "is not what tabulate writes", RETABULATE)
         return good("tables", f"{CELLS} {key}", "names the file, key and rule that tabulate would")
 
@@ -122,6 +122,11 @@ class Printed:
         found = tabulate(self.params, self.root)
         return found, text_files(found)
 
+    @cached_property
+    def cells_again(self) -> dict[str, dict[str, Any]]:
+        """What ``cells.json`` should be."""
+        return dict(json.loads(self.again[1][CELLS]))
+
     def tables(self) -> list[Link]:
         """Every file of tables, plots and report against what the verdicts give."""
         try:
@@ -147,29 +152,18 @@ class Printed:
         except (OSError, UserError, ValueError) as error:
             return broken("tables", name, f"cannot be checked: {' '.join(str(error).split())}", "")
         if name == REPORT:
-            same = all(
-                part in now
-                for part in [*(tables_html(found, each) for each in found.tables), sheets_html(found)]
-            )
             text = "its tables and sheets are"
-        else:
-            if name not in files:
-                return broken("tables", name, "is no file of the tabulation", "remove it, or run dvc repro")
-            same, text = now == files[name], _changed(now, files[name])
-            if not same and name.endswith("training.csv") and not self._histories_here():
-                return absent(
-                    "tables",
-                    name,
-                    "needs models/*/history.csv",
-                    "run dvc repro, or dvc pull from your remote",
-                )
-        if not same:
+            if all(part in now for part in recounted(found)):
+                return good("tables", name, f"{text} what the verdicts give")
             return broken("tables", name, f"{text} not what the verdicts give", RETABULATE)
-        return good(
-            "tables",
-            name,
-            "is what the verdicts give, to the byte" if name != REPORT else f"{text} what the verdicts give",
-        )
+        if name not in files:
+            return broken("tables", name, "is no file of the tabulation", "remove it, or run dvc repro")
+        if now == files[name]:
+            return good("tables", name, "is what the verdicts give, to the byte")
+        if name.endswith("training.csv") and not self._histories_here():
+            remedy = "run dvc repro, or dvc pull from your remote"
+            return absent("tables", name, "needs models/*/history.csv", remedy)
+        return broken("tables", name, f"{_changed(now, files[name])} not what the verdicts give", RETABULATE)
 
     def _histories_here(self) -> bool:
         runs = [(*key.split("/")[:3],) for key in self.cells if key.split("/")[0] in self.params.settings]

@@ -3,6 +3,7 @@
 import base64
 import io
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -16,11 +17,12 @@ Pixels = NDArray[np.uint8]  # [C,H,W]
 
 def perturbed(
     root: Path, setting: str, method: str, seed: int, attack: str = "pgd20", count: int = 6
-) -> list[tuple[int, int, list[Pixels]]]:
-    """The first ``count`` images that ``attack`` broke: index, true class, [natural, perturbed, difference].
+) -> list[dict[str, Any]]:
+    """The first ``count`` images that ``attack`` broke: index, label, and :data:`Pixels` of the three.
 
-    The difference is amplified until the largest one of the image fills the range; grey means none. Empty
-    where nothing was broken, or witness or data are not at hand; :class:`UserError` if they are unreadable.
+    natural, perturbed, and difference, amplified until the largest one of the image fills the range; grey
+    means none. Empty where nothing was broken, or witness or data are not at hand; :class:`UserError` if
+    they are unreadable.
     """
     witness = root / f"metrics/attack/{setting}/{method}/{seed}.witness.safetensors"
     data = root / f"data/{setting}.safetensors"
@@ -39,8 +41,9 @@ def perturbed(
         raise UserError(f"{witness}: does not fit {data} ({error}); run dvc repro") from None
     found = []
     for index, label, natural, image in zip(indices, labels, naturals, images, strict=True):
-        difference = _amplified(image - natural / np.float32(255))
-        found.append((int(index), int(label), [natural, _grey_levels(image), difference]))
+        change = image - natural / np.float32(255)
+        images = {"natural": natural, "perturbed": _grey_levels(image), "difference": _amplified(change)}
+        found.append({"index": int(index), "label": int(label), **images})
     return found
 
 

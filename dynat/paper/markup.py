@@ -1,4 +1,4 @@
-"""A table as Markdown that reads well as plain text too, with numbered footnotes."""
+"""A table as Markdown that reads well as plain text too, with lettered footnotes."""
 
 from dataclasses import dataclass, field
 
@@ -7,8 +7,8 @@ RAISED = str.maketrans(LETTERS, "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳ
 
 
 @dataclass(frozen=True)
-class Entry:
-    """One printed entry, its footnotes and its key in ``cells.json``, if it is a reproduced number."""
+class Item:
+    """A text in a table, its footnotes, and its key if it is a cell."""
 
     text: str = ""
     notes: tuple[str, ...] = ()
@@ -20,24 +20,14 @@ class Table:
     """A table as Markdown and the report print it; the first column holds labels."""
 
     title: str
-    lead: str  # what a reader must know before the first number
-    head: list[str] = field(default_factory=list)
-    rows: list[list[Entry]] = field(default_factory=list)
+    introduction: str  # what a reader must know before the first number
+    head: list[str]
+    rows: list[list[Item]] = field(default_factory=list)
 
-    def footnotes(self) -> list[str]:
-        """The distinct footnotes in order of appearance."""
-        return list(dict.fromkeys(note for row in self.rows for entry in row for note in entry.notes))
-
-
-def letters(number: int) -> str:
-    """The mark of footnote ``number``, counted from 0: one letter, then two of them."""
-    return LETTERS[number % len(LETTERS)] * (1 + number // len(LETTERS))
-
-
-def marks(entry: Entry, footnotes: list[str]) -> str:
-    """The raised marks of all footnotes of an entry."""
-    numbers = sorted(footnotes.index(note) for note in entry.notes)
-    return " ".join(map(letters, numbers)).translate(RAISED)
+    def footnotes(self) -> dict[str, str]:
+        """The distinct footnotes in order of appearance, each with its mark: one letter, then two of them."""
+        notes = dict.fromkeys(note for row in self.rows for item in row for note in item.notes)
+        return {note: LETTERS[i % len(LETTERS)] * (1 + i // len(LETTERS)) for i, note in enumerate(notes)}
 
 
 def markdown(tables: list[Table]) -> str:
@@ -46,14 +36,21 @@ def markdown(tables: list[Table]) -> str:
 
 
 def _markdown(table: Table, level: str) -> str:
-    footnotes = table.footnotes()
-    body = [[entry.text + marks(entry, footnotes) for entry in row] for row in table.rows]
-    widths = [max(3, *(len(row[i]) for row in [table.head, *body])) for i in range(len(table.head))]
+    raised = {note: mark.translate(RAISED) for note, mark in table.footnotes().items()}
+    body = [
+        [i.text + " ".join(m for note, m in raised.items() if note in i.notes) for i in row]
+        for row in table.rows
+    ]
+    widths = [max(3, *map(len, column)) for column in zip(table.head, *body, strict=True)]
     rule = ["-" * widths[0], *("-" * (width - 1) + ":" for width in widths[1:])]
     lines = [
-        "| " + " | ".join(f"{text:{'<' if i == 0 else '>'}{widths[i]}}" for i, text in enumerate(row)) + " |"
-        for row in [table.head, rule, *body]
+        " | ".join(
+            text.rjust(width) if i else text.ljust(width)
+            for i, (text, width) in enumerate(zip(row, widths, strict=True))
+        )
+        for row in (table.head, rule, *body)
     ]
-    notes = [f"{letters(number).translate(RAISED)} {note}  " for number, note in enumerate(footnotes)]
-    parts = [f"{level} {table.title}", table.lead, "\n".join(lines), "\n".join(notes).rstrip()]
+    grid = "\n".join(f"| {line} |" for line in lines)
+    notes = "\n".join(f"{mark} {note}  " for note, mark in raised.items()).rstrip()
+    parts = [f"{level} {table.title}", table.introduction, grid, notes]
     return "\n\n".join(part for part in parts if part) + "\n"

@@ -1,167 +1,125 @@
-"""Results on disk, recounted: every accuracy of every selected method and seed. No torch here.
+"""Results on disk, recounted: every accuracy of every selected method and seed in one frame. No torch here.
 
 Numbers are counted from the per-sample verdicts; the metrics beside them must agree, or nothing is tabulated.
 """
 
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, field
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
+
+import pandas as pd
 
 from dynat.config.params import Params
 from dynat.errors import UserError
 from dynat.evaluation.verdicts import accuracy, decode
-from dynat.runtime.files import read_json
+from dynat.runtime.files import read_csv, read_json
 from dynat.runtime.lock import locked, read_lock
 
-
-class Count(NamedTuple):
-    """Robust samples among ``n``, of one attack on the network of one training seed."""
-
-    seed: int
-    robust: int
-    n: int
+RUN = ["setting", "method", "seed"]
+CURVES = ["train_clean", "test_clean", "validation_robust"]
 
 
-@dataclass(frozen=True)
-class Source:
-    """The first ``n`` verdicts of an attack on a checkpoint, and the metric that states their accuracy."""
+class Measurement(NamedTuple):
+    """A row of ``Results.measurements``: the first ``n`` verdicts of an attack on a checkpoint, counted.
 
-    seed: int  # of the training
-    file: str  # metrics, relative to the repository
-    pointer: str  # JSON pointer of the accuracy in it
-    verdicts: str  # file
-    checkpoint: str
-    attack: str  # name in the verdicts; AutoAttack's union is its last attack, "square"
-    n: int
-
-
-@dataclass(frozen=True)
-class Measurement:
-    """One counted accuracy and the circumstances that a reader must know."""
-
-    source: Source
-    robust: int
-    epsilon: float
-    attack_seed: int
-    caveats: tuple[str, ...] = ()
-    code: Mapping[str, str] = field(default_factory=dict)  # "train: <file>" -> MD5, from dvc.lock
-
-    @property
-    def count(self) -> Count:
-        """What the printed text is made of."""
-        return Count(self.source.seed, self.robust, self.source.n)
-
-
-@dataclass
-class Result:
-    """All that is known of one method and training seed; empty if it was not run.
-
-    ``measured`` maps a column to its accuracy: ``pgd20`` of the selected checkpoint, ``last-pgd20`` of the
-    last epoch, ``aa`` on the first of AutoAttack's sample sizes, ``aa-n<k>`` on a further one.
+    ``column`` is that of the tables: ``pgd20`` of the best epoch, ``last-pgd20`` of the last, ``aa`` on the
+    first of AutoAttack's sample sizes, ``aa-n<k>`` on a further one.
     """
 
-    measured: dict[str, Measurement] = field(default_factory=dict)
-    epochs: dict[str, int] = field(default_factory=dict)  # "best", "last"
-    failed_checks: list[str] = field(default_factory=list)  # of the sanity suite
-    epsilon_curve: list[tuple[float, float]] = field(default_factory=list)  # (epsilon, accuracy in percent)
-    epsilon_n: int = 0  # test images of that curve
+    setting: str
+    method: str
+    seed: int  # of the training
+    column: str
+    checkpoint: str  # "best" or "last"
+    epoch: int  # of the checkpoint
+    attack: str  # name in the verdicts; AutoAttack's union is its last attack, "square"
+    robust: int  # samples
+    n: int  # samples
+    epsilon: float
+    attack_seed: int
+    file: str  # metrics, relative to the repository
+    pointer: str  # JSON pointer of the accuracy in them
+    verdicts: str  # file, relative to the repository
+    caveats: tuple[str, ...]  # sentences that must stand beside the number
+    train_code: str  # MD5 of the code that dvc.lock says the training ran with; empty if it does not say
+    attack_code: str  # the same of the evaluation
 
 
-Results = dict[tuple[str, str], dict[int, Result]]  # (setting, method) -> seed -> result
+@dataclass(frozen=True)
+class Results:
+    """What is known of the selected runs, in their order; what was not run has no rows; all have ``RUN``."""
+
+    measurements: pd.DataFrame  # a row per Measurement
+    radii: pd.DataFrame  # accuracy in percent under PGD-20 of radius epsilon, on the first n test images
+    histories: pd.DataFrame  # epoch and the CURVES in percent, as text, as the training wrote them
+    failed_checks: dict[tuple[str, str], tuple[str, ...]]  # (setting, method) -> footnotes, sanity suite
 
 
 def read_results(params: Params, root: Path = Path()) -> Results:
-    """Every selected result below ``root``; what was not run is an empty :class:`Result`.
+    """Every selected result below ``root``.
 
     Raises :class:`UserError` on metrics that contradict their verdicts or each other's weights.
     """
-    code = read_code(root)
-    return {
-        (setting, method): {seed: _read_result(root, setting, method, seed, code) for seed in params.seeds}
-        for setting in params.settings
-        for method in (*params.baselines, *params.variants)
-    }
+    code, failed = read_code(root), dict[tuple[str, str], tuple[str, ...]]()
+    measured: list[Measurement] = []
+    radii, histories = [], []
+    for run in product(params.settings, (*params.baselines, *params.variants), params.seeds):
+        name = "/".join(map(str, run))
+        try:
+            attack, union, sanity = _metrics(root, name)
+            measured += _measure(root, "attack", run, attack, code)
+            measured += _measure(root, "autoattack", run, union, code)
+            radii += [(*run, *point, sanity.get("n", 0)) for point in sanity.get("epsilon_curve", [])]
+            checks = [check for check, each in sanity.get("checks", {}).items() if not each["passed"]]
+        except (AttributeError, KeyError, TypeError, ValueError) as error:
+            text = f"metrics of {name}: not as the stages write them ({error!r}); run dvc repro"
+            raise UserError(text) from None
+        notes = tuple(f"sanity check failed: {check} (seed {run[2]})" for check in checks)
+        failed[run[:2]] = failed.get(run[:2], ()) + notes
+        rows = read_csv(root, f"models/{name}/history.csv")
+        histories += [dict(zip(RUN, run, strict=True)) | row for row in rows]
+    return Results(
+        pd.DataFrame(measured, columns=list(Measurement._fields)),
+        pd.DataFrame(radii, columns=[*RUN, "epsilon", "accuracy", "n"]),
+        pd.DataFrame(histories, columns=[*RUN, "epoch", *CURVES]).fillna(""),
+        failed,
+    )
 
 
-Code = dict[tuple[str, str], dict[str, str]]  # (stage, setting-method-seed) -> source file -> MD5
-
-
-def read_code(root: Path) -> Code:
-    """The versions of the code that ``dvc.lock`` says each stage ran with; none without such a file.
+def read_code(root: Path) -> dict[str, str]:
+    """``attack@digits-dynat-0`` -> MD5 of the code (``metrics/code/attack.json``) that ``dvc.lock`` records.
 
     A whole ``dvc repro`` brings all stages to one version. ``-s``, ``frozen`` and ``dvc commit`` need not.
     """
     return {
-        (stage, cell): {
-            path: md5 for path, md5 in locked(entry, "deps").items() if path.startswith("metrics/code/")
-        }
-        for name, entry in read_lock(root).items()
-        for stage, _, cell in [re.sub(r"_(baseline|dynat)@", "@", name, count=1).partition("@")]
+        re.sub(r"_(baseline|dynat)@", "@", stage, count=1): md5
+        for stage, entry in read_lock(root).items()
+        for path, md5 in locked(entry, "deps").items()
+        if path.startswith("metrics/code/")
     }
 
 
-def _read_result(root: Path, setting: str, method: str, seed: int, code: Code) -> Result:
-    versions = {
-        kind: {
-            f"{stage}: {file}": md5
-            for stage in ("train", kind)
-            for file, md5 in code.get((stage, f"{setting}-{method}-{seed}"), {}).items()
-        }
-        for kind in ("attack", "autoattack")
-    }
-    name = f"{setting}/{method}/{seed}"
-    files = {kind: f"metrics/{kind}/{name}.json" for kind in ("attack", "autoattack", "sanity")}
-    attack, union, sanity = (read_json(root, file) for file in files.values())
-    result = Result()
-    try:
-        if attack and union and attack["model_sha256"] != union["model_sha256"]:
-            raise UserError(
-                f"{files['autoattack']}: AutoAttack of other weights than those of {files['attack']}; "
-                "run dvc repro"
-            )
-        if attack and sanity and attack["model_sha256"] != sanity["model_sha256"]:
-            raise UserError(
-                f"{files['sanity']}: checks of other weights than those of {files['attack']}; run dvc repro"
-            )
-        if attack:
-            result.epochs = {checkpoint: attack[f"{checkpoint}_epoch"] for checkpoint in ("best", "last")}
-            entries = {
-                ("" if checkpoint == "best" else "last-") + name: (checkpoint, name, checkpoint, name)
-                for checkpoint in ("best", "last")
-                for name in attack[checkpoint]
-            }
-            result.measured |= _measure(root, files["attack"], attack, entries, seed, versions["attack"])
-        if union:
-            entries = {
-                "aa" if rank == 0 else f"aa-{size}": ("aa", size, "best", "square")
-                for rank, size in enumerate(union["aa"])
-            }
-            result.measured |= _measure(
-                root, files["autoattack"], union, entries, seed, versions["autoattack"]
-            )
-        if sanity:
-            result.failed_checks = [name for name, check in sanity["checks"].items() if not check["passed"]]
-            result.epsilon_curve = [(epsilon, value) for epsilon, value in sanity.get("epsilon_curve", [])]
-            result.epsilon_n = sanity.get("n", 0)
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(
-            f"metrics of {name}: not as the stages write them ({error!r}); run dvc repro"
-        ) from None
-    return result
+def _metrics(root: Path, name: str) -> list[dict[str, Any]]:
+    """Metrics of attack, AutoAttack and sanity suite, empty if not run; all must be of the same weights."""
+    files = [f"metrics/{kind}/{name}.json" for kind in ("attack", "autoattack", "sanity")]
+    found = [read_json(root, file) or {} for file in files]
+    for file, each, what in zip(files, found, ("", "AutoAttack", "checks"), strict=True):
+        if each and found[0] and each["model_sha256"] != found[0]["model_sha256"]:
+            raise UserError(f"{file}: {what} of other weights than those of {files[0]}; run dvc repro")
+    return found
 
 
 def _measure(
-    root: Path,
-    file: str,
-    metrics: dict[str, Any],
-    entries: Mapping[str, tuple[str, str, str, str]],
-    seed: int,
-    code: Mapping[str, str],
-) -> dict[str, Measurement]:
-    """Count the verdicts (checkpoint, attack) behind each (block, entry) of the metrics."""
-    companion = file.removesuffix(".json") + ".verdicts.json"
+    root: Path, kind: str, run: tuple[str, str, int], metrics: dict[str, Any], code: dict[str, str]
+) -> Iterator[Measurement]:
+    """Count the verdicts behind each accuracy in the metrics of ``kind``, attack or autoattack."""
+    if not metrics:
+        return
+    base = f"metrics/{kind}/{run[0]}/{run[1]}/{run[2]}"
+    file, companion = f"{base}.json", f"{base}.verdicts.json"
     verdicts = read_json(root, companion)
     if verdicts is None:
         raise UserError(f"{companion}: missing beside {file}; run dvc repro")
@@ -170,17 +128,25 @@ def _measure(
         caveats.append("attack crafted in bf16, every success verified in fp32")
     if metrics.get("trained_in", "fp32") == "bf16":
         caveats.append("trained in bf16, the paper in fp32")
-    measured = {}
-    for column, (block, entry, checkpoint, attack) in entries.items():
-        stated, evidence = metrics[block][entry], verdicts[checkpoint][attack]
+    versions = [code.get(f"{stage}@{run[0]}-{run[1]}-{run[2]}", "") for stage in ("train", kind)]
+    for column, block, name, checkpoint, attack in _accuracies(kind, metrics):
+        stated, evidence = metrics[block][name], verdicts[checkpoint][attack]
         counted = accuracy(decode(evidence["robust"], evidence["n"])[: stated["n"]])
         if counted != stated:
             raise UserError(
-                f"{file}: {block}/{entry} says {stated['accuracy']} % of {stated['n']}, but its verdicts "
+                f"{file}: {block}/{name} says {stated['accuracy']} % of {stated['n']}, but its verdicts "
                 f"count {counted['accuracy']} % of {counted['n']}; restore both or run dvc repro -f"
             )
-        source = Source(seed, file, f"/{block}/{entry}/accuracy", companion, checkpoint, attack, counted["n"])
-        measured[column] = Measurement(
-            source, counted["robust"], metrics["epsilon"], metrics["attack_seed"], tuple(caveats), code
-        )
-    return measured
+        weights = checkpoint, metrics[f"{checkpoint}_epoch"]
+        count = counted["robust"], counted["n"], metrics["epsilon"], metrics["attack_seed"]
+        files = file, f"/{block}/{name}/accuracy", companion
+        yield Measurement(*run, column, *weights, attack, *count, *files, tuple(caveats), *versions)
+
+
+def _accuracies(kind: str, metrics: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+    """Column, block and name in the metrics, checkpoint and attack in the verdicts of each accuracy."""
+    if kind == "autoattack":
+        columns = {size: f"aa-{size}" if rank else "aa" for rank, size in enumerate(metrics["aa"])}
+        return [(column, "aa", size, "best", "square") for size, column in columns.items()]
+    prefixes = {"best": "", "last": "last-"}
+    return [(prefixes[each] + name, each, name, each, name) for each in prefixes for name in metrics[each]]

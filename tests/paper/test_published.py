@@ -6,62 +6,65 @@ from pathlib import Path
 
 import pytest
 
-from dynat.paper.published import PaperRow, rows
+from dynat.paper.published import values
 
 SHARED = Path(__file__).parents[3] / "shared" / "published.csv"
 
 
-def table(number: int) -> dict[str, PaperRow]:
-    """The rows of a table by key."""
-    return {row.key.removeprefix(f"table{number}/"): row for row in rows() if row.table == number}
-
-
 def value(number: int, method: str, attack: str) -> Decimal:
     """A published value."""
-    return Decimal(table(number)[method].values[attack].text)
+    return Decimal(values().at[f"table{number}/{method}/{attack}", "published"])
 
 
 def test_rows_stand_in_the_papers_order() -> None:
     family = ["DYNAT-AWP(beta=1)", "DYNAT-Inner-AWP(beta=1)"]
-    assert list(table(1)) == [
-        *("PGD-AT", "TRADES", "MART", "FAT", "GAIRAT", "AWP", "LBGAT"),
-        *("DYNAT", "DYNAT-AWP(beta=0)", *family),
-    ]
-    assert list(table(2)) == ["PGD-AT", "TRADES", "SAT", "AWP", "LBGAT", "DYNAT", *family]
-    assert [(row.target, row.method) for row in table(3).values()] == [
-        ("WRN-34-10", "GAIRAT"),
-        ("WRN-34-10", "DYNAT-Inner-GAIRAT"),
-        ("ResNet-18", "GAIRAT"),
-        ("ResNet-18", "DYNAT-Inner-GAIRAT"),
-    ]
-    assert list(table(4)) == [
-        *("AT", "TRADES", "MART", "FAT", "AWP", "GAIRAT", "MAIL", "MAIL (MSE)"),
-        *("DYNAT-AT-MAIL", "DYNAT-MAIL-Inner"),
-    ]
+    rows = {number: list(table["row"].unique()) for number, table in values().groupby("table")}
+    assert rows == {
+        1: [
+            f"table1/{method}"
+            for method in (
+                *("PGD-AT", "TRADES", "MART", "FAT", "GAIRAT", "AWP", "LBGAT"),
+                *("DYNAT", "DYNAT-AWP(beta=0)", *family),
+            )
+        ],
+        2: [f"table2/{m}" for m in ("PGD-AT", "TRADES", "SAT", "AWP", "LBGAT", "DYNAT", *family)],
+        3: [
+            "table3/WRN-34-10/GAIRAT",
+            "table3/WRN-34-10/DYNAT-Inner-GAIRAT",
+            "table3/ResNet-18/GAIRAT",
+            "table3/ResNet-18/DYNAT-Inner-GAIRAT",
+        ],
+        4: [
+            f"table4/{method}"
+            for method in (
+                *("AT", "TRADES", "MART", "FAT", "AWP", "GAIRAT", "MAIL", "MAIL (MSE)"),
+                *("DYNAT-AT-MAIL", "DYNAT-MAIL-Inner"),
+            )
+        ],
+    }
 
 
 def test_averages_of_table_1_are_right_to_a_hundredth_and_four_are_misrounded() -> None:
+    first = values()[values()["table"] == 1]
+    numbers = first.pivot(index="method", columns="column", values="published").map(Decimal)
     slips = {}
-    for method, row in table(1).items():
-        attacks = [Decimal(v.text) for column, v in row.values.items() if column not in ("clean", "all")]
+    for method, row in numbers.iterrows():
+        attacks = row.drop(["clean", "all"])
         assert len(attacks) == 5
-        mean, printed = sum(attacks) / 5, Decimal(row.values["all"].text)
+        mean, printed = sum(attacks) / 5, row["all"]
         assert abs(mean - printed) < Decimal("0.01"), method
         roundings = {mean.quantize(Decimal("0.01"), rule) for rule in (ROUND_HALF_UP, ROUND_HALF_EVEN)}
         if printed not in roundings:
-            slips[method] = (str(mean), row.values["all"].text)
+            slips[method] = (str(mean), str(printed))
     assert slips == {
         "PGD-AT": ("54.326", "54.32"),
         "TRADES": ("55.204", "55.21"),
         "MART": ("56.256", "56.25"),
         "GAIRAT": ("52.958", "52.95"),
     }
-    marked = {
-        method
-        for method, row in table(1).items()
-        if any("rounded mean" in n.text for n in row.values["all"].notes)
-    }
-    assert marked == set(slips)
+    marked = first["notes"].map(lambda notes: any("rounded mean" in text for text in notes))
+    assert set(first.loc[marked, "method"]) == set(slips)
+    assert set(first.loc[marked, "column"]) == {"all"}
 
 
 def test_sentences_that_the_papers_own_tables_contradict() -> None:
@@ -76,20 +79,19 @@ def test_sentences_that_the_papers_own_tables_contradict() -> None:
 
 
 def test_every_autoattack_value_of_the_authors_is_a_multiple_of_a_tenth_and_marked() -> None:
-    own = [row.values["aa"] for row in rows() if row.group == "Ours"]
+    own = values()[(values()["group"] == "Ours") & (values()["column"] == "aa")]
     assert len(own) == 11
-    assert all(Decimal(each.text) * 10 % 1 == 0 for each in own)
-    assert all(any("1,000" in note.text for note in each.notes if note.doubtful) for each in own)
+    assert all(Decimal(text) * 10 % 1 == 0 for text in own["published"])
+    assert all(any("1,000" in text for text in doubts) for doubts in own["doubts"])
 
 
 def test_copied_rows_are_marked_and_own_pgd_values_are_not() -> None:
-    for row in rows():
-        for column, each in row.values.items():
-            if row.group == "Ours" and column not in ("aa", "all", "apgd-ce"):
-                assert not each.doubtful, (row.key, column)
-            if row.table == 4 and row.group == "Others":
-                assert each.doubtful, (row.key, column)
-    assert all(each.doubtful for each in table(1)["FAT"].values.values())
+    for key, each in values().iterrows():
+        assert set(each["doubts"]) <= set(each["notes"])
+        if each["group"] == "Ours" and each["column"] not in ("aa", "all", "apgd-ce"):
+            assert not each["doubts"], key
+        if (each["table"] == 4 and each["group"] == "Others") or each["row"] == "table1/FAT":
+            assert each["doubts"], key
 
 
 def test_values_are_those_of_the_shared_transcription() -> None:
@@ -97,8 +99,8 @@ def test_values_are_those_of_the_shared_transcription() -> None:
         pytest.skip("the transcription of the paper is not beside this repository")
     with open(SHARED, encoding="utf-8", newline="") as file:
         expected = [
-            (line["table"], line["method"], line["attack"].replace("apgd", "apgd-ce"), line["value"])
+            (int(line["table"]), line["method"], line["attack"].replace("apgd", "apgd-ce"), line["value"])
             for line in csv.DictReader(file)
         ]
-    found = [(str(r.table), r.method, column, v.text) for r in rows() for column, v in r.values.items()]
-    assert found == expected
+    found = values()[["table", "method", "column", "published"]]
+    assert list(found.itertuples(index=False, name=None)) == expected

@@ -9,6 +9,7 @@ from html.parser import HTMLParser
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from safetensors.numpy import save_file
 from synthetic import COUNTS, history, params, put, write
@@ -106,7 +107,7 @@ def test_every_number_opens_a_sheet_with_its_counts_and_command(report: str, res
     ]
     assert len(shown) == 4 * (10 + 2)
     sheets = dict(re.findall(r'<section class="audit" id="([^"]+)">(.*?)</section>', report, flags=re.DOTALL))
-    assert sheets.keys() == {f"a-{slug(key)}" for key in found.cells}  # also of a number in a CSV alone
+    assert sheets.keys() == {f"a-{slug(key)}" for key in found.cells.index}  # also of a number in a CSV alone
     assert len(sheets) == len(found.cells) > len(shown)
     for key in shown:
         assert f'<td id="n-{slug(key)}"><a href="#a-{slug(key)}">' in report
@@ -114,7 +115,7 @@ def test_every_number_opens_a_sheet_with_its_counts_and_command(report: str, res
         key = re.findall(r"<h4>(.*?)</h4>", sheet)[0]
         command = re.findall(r"<pre>(.*?)</pre>", sheet)[0]
         assert shlex.split(command) == ["uv", "run", "python", "-m", "dynat.audit", key]
-        assert found.cells[key].printed.text in sheet
+        assert found.cells.at[key, "text"] in sheet
     assert "27 of 40 robust to AutoAttack" in sheets["a-toy-dynat-0-aa"]
     assert "metrics/autoattack/toy/dynat/0.verdicts.json" in sheets["a-toy-dynat-0-aa"]
     assert "74 of 100 robust to PGD-20" in sheets["a-toy-dynat-0-pgd20"]
@@ -157,14 +158,13 @@ def test_text_from_results_is_escaped(tmp_path: Path) -> None:
 
 
 def test_images_are_those_of_data_and_witness(results: Path) -> None:
-    grid = perturbed(results, "toy", "dynat", 0)
-    assert [(index, label) for index, label, _ in grid] == [(2, 2), (5, 5)]
-    natural, adversarial, difference = grid[0][2]
+    first, second = perturbed(results, "toy", "dynat", 0)
+    assert [(each["index"], each["label"]) for each in (first, second)] == [(2, 2), (5, 5)]
     expected = np.arange(10 * 3 * 8 * 8).reshape(10, 3, 8, 8)[2] % 251
-    assert (natural == expected).all()
-    assert (adversarial == np.minimum(expected + 8, 255)).all()
-    assert difference.max() == 255  # all of it points up: grey plus the whole upper half
-    assert difference.min() >= 127
+    assert (first["natural"] == expected).all()
+    assert (first["perturbed"] == np.minimum(expected + 8, 255)).all()
+    assert first["difference"].max() == 255  # all of it points up: grey plus the whole upper half
+    assert first["difference"].min() >= 127
 
 
 def test_an_attack_that_broke_nothing_has_no_images(tmp_path: Path) -> None:
@@ -206,5 +206,9 @@ def test_report_is_the_same_to_the_byte_in_another_process(report: str, results:
 def test_a_methods_curve_against_epsilon_is_the_mean_over_its_seeds() -> None:
     seeds = [[(0.0, 90.0), (0.1, 50.0), (1.0, 0.0)], [(0.0, 96.0), (0.1, 60.0), (1.0, 0.0)]]
     mean = [[(0.0, 93.0), (0.1, 55.0), (1.0, 0.0)]]
-    drawn = [against_epsilon("curve", {"dynat": curves}, set()) for curves in (seeds, mean, seeds[:1])]
+    drawn = []
+    for curves in (seeds, mean, seeds[:1]):
+        points = [("dynat", seed, *point) for seed, curve in enumerate(curves) for point in curve]
+        radii = pd.DataFrame(points, columns=["method", "seed", "epsilon", "accuracy"])
+        drawn.append(against_epsilon("curve", radii, set()))
     assert drawn[0] == drawn[1] != drawn[2]

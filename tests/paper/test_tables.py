@@ -9,7 +9,7 @@ import pytest
 from synthetic import COUNTS, binary, files, hexadecimal, params, put, raised, records, rows, stated, write
 
 from dynat.errors import UserError
-from dynat.paper.tables import Count, printed, radius
+from dynat.paper.cells import average, radius
 from dynat.paper.tabulation import tabulate
 
 # ----------------------------------------------------------------------------------------- what is printed
@@ -93,7 +93,7 @@ def test_epsilon_is_written_as_people_write_it(epsilon: float, text: str) -> Non
 
 def test_seeds_with_unequal_attacks_are_no_average() -> None:
     with pytest.raises(ValueError, match="unequal"):
-        printed([Count(0, 5, 10), Count(0, 6, 10), Count(1, 5, 10)])
+        average([{"seed": seed, "robust": 5, "n": 10} for seed in (0, 0, 1)])
 
 
 # ------------------------------------------------------------------------------------- what must not mislead
@@ -224,11 +224,11 @@ def test_metrics_that_no_stage_wrote_are_one_line(tmp_path: Path, content: str) 
 
 
 def lock_file(root: Path, versions: dict[str, str]) -> None:
-    """A ``dvc.lock`` in which stages (``attack_baseline@toy-mart-0``) ran with versions of one file."""
+    """A ``dvc.lock`` in which stages (``attack_baseline@toy-mart-0``) ran with versions of their code."""
     entries = "".join(
-        f"  {stage}:\n    cmd: x\n    deps:\n    - path: dynat/methods/attacks.py\n      hash: md5\n"
-        f"      md5: {md5}\n      size: 1\n    - path: data/toy.safetensors\n      hash: md5\n"
-        f"      md5: {stage.encode().hex()}\n      size: 1\n"
+        f"  {stage}:\n    cmd: x\n    deps:\n    - path: metrics/code/{stage.split('_')[0]}.json\n"
+        f"      hash: md5\n      md5: {md5}\n      size: 1\n    - path: data/toy.safetensors\n"
+        f"      hash: md5\n      md5: {stage.encode().hex()}\n      size: 1\n"
         for stage, md5 in versions.items()
     )
     (root / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n{entries}")
@@ -253,9 +253,8 @@ def test_a_number_that_other_code_made_than_its_column_is_marked(
     assert files(selection, tmp_path) == same
     lock_file(tmp_path, dict.fromkeys(stages, "same") | {f"{stage}_baseline@toy-mart-0": "other"})
     text = files(selection, tmp_path)["metrics/tables/toy.md"]
-    mark = raised(
-        text, f"other code than for the rest of the column ({stage}: dynat/methods/attacks.py); run dvc repro"
-    )
+    note = f"other code than for the rest of the column (metrics/code/{stage}.json); run dvc repro"
+    mark = raised(text, note)
     for column in ("Clean", "AA"):
         assert rows(text)["mart"][column].endswith(mark) == (column in marked.split())
         assert not any(rows(text)[method][column].endswith(mark) for method in ("pgd_at", "dynat"))

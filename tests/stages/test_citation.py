@@ -7,9 +7,8 @@ from pathlib import Path
 
 import yaml
 
-from dynat.paper.report import CITATION
-
 ROOT = Path(__file__).parents[2]
+CITATION = (ROOT / "dynat/paper/templates/citation.html").read_text(encoding="utf-8")  # of the report
 CITED = yaml.safe_load((ROOT / "CITATION.cff").read_text(encoding="utf-8"))
 KEYS = {  # Citation File Format 1.2.0, the keys of a whole file
     *("abstract", "authors", "cff-version", "commit", "contact", "date-released", "doi", "identifiers"),

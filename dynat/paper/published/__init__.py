@@ -4,10 +4,10 @@
 says which of them make a value doubtful.
 """
 
-import csv
-from dataclasses import dataclass, field
 from functools import cache
 from importlib.resources import files
+
+import pandas as pd
 
 TITLES = {
     1: "Table 1: CIFAR-10, target WRN-34-10",
@@ -17,66 +17,27 @@ TITLES = {
 }
 
 
-@dataclass(frozen=True)
-class Note:
-    """What is known of a published value."""
-
-    text: str
-    doubtful: bool  # whether it speaks against taking the value as a reference
-
-
-@dataclass(frozen=True)
-class Value:
-    """One published accuracy."""
-
-    text: str  # percent, as printed
-    notes: tuple[Note, ...]
-
-    @property
-    def doubtful(self) -> bool:
-        """Whether any note makes it doubtful."""
-        return any(note.doubtful for note in self.notes)
-
-
-@dataclass(frozen=True)
-class PaperRow:
-    """A row of the paper, and what reproduces it: a method of ``recipes`` in a setting of ``study``."""
-
-    table: int
-    group: str  # "Others" or "Ours"
-    target: str
-    guide: str  # empty without one
-    method: str  # as the paper calls it
-    setting: str
-    recipe: str
-    values: dict[str, Value] = field(default_factory=dict)  # by column, in the paper's order
-
-    @property
-    def key(self) -> str:
-        """Its part of a cell's key, such as ``table1/DYNAT``; Table 3 has its methods twice."""
-        parts = [f"table{self.table}", *([self.target] if self.table == 3 else []), self.method]
-        return "/".join(parts)
-
-
 @cache
-def rows() -> tuple[PaperRow, ...]:
-    """Every row of Tables 1-4 in the paper's order."""
-    notes = {line["key"]: Note(line["text"], line["doubtful"] == "yes") for line in _read("notes.csv")}
-    found: dict[str, PaperRow] = {}
-    for line in _read("tables.csv"):
-        row = PaperRow(
-            int(line["table"]),
-            line["group"],
-            line["target"],
-            line["guide"],
-            line["method"],
-            line["setting"],
-            line["recipe"],
-        )
-        row = found.setdefault(row.key, row)
-        row.values[line["attack"]] = Value(line["value"], tuple(notes[key] for key in line["notes"].split()))
-    return tuple(found.values())
+def values() -> pd.DataFrame:
+    """A row per published accuracy, in the paper's order; shared, so not to be changed in place.
+
+    The index is the key of its cell, such as ``table1/DYNAT/aa``; in Table 3, which has its methods twice,
+    with the target. Columns: ``row`` (the key without the attack), ``table`` (int), ``group`` ("Others" or
+    "Ours"), ``target``, ``guide`` (empty without one), ``method`` (as the paper calls it), ``setting`` and
+    ``recipe`` (what reproduces it), ``column``, ``published`` (percent, as printed), and as tuples of text
+    ``notes`` (all that is known of its origin) and ``doubts`` (why not to take it as a reference).
+    """
+    notes = _read("notes.csv").set_index("key")
+    texts, doubtful = notes["text"].to_dict(), notes["doubtful"].eq("yes").to_dict()
+    found = _read("tables.csv").rename(columns={"attack": "column", "value": "published"})
+    keys = found["notes"].str.split()
+    found["notes"] = [tuple(texts[key] for key in each) for each in keys]
+    found["doubts"] = [tuple(texts[key] for key in each if doubtful[key]) for each in keys]
+    target = (found["target"] + "/").where(found["table"] == "3", "")
+    found["row"] = "table" + found["table"] + "/" + target + found["method"]
+    return found.astype({"table": int}).set_index(found["row"] + "/" + found["column"])
 
 
-def _read(name: str) -> list[dict[str, str]]:
-    return list(csv.DictReader(files(__name__).joinpath(name).read_text(encoding="utf-8").splitlines()))
+def _read(name: str) -> pd.DataFrame:
+    with files(__name__).joinpath(name).open(encoding="utf-8") as file:
+        return pd.read_csv(file, dtype=object, keep_default_na=False)
