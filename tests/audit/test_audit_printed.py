@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -21,18 +22,25 @@ CELLS = "metrics/tables/cells.json"
 UNION = f"metrics/autoattack/{SETTING}/dynat/0.json"
 
 
-@pytest.fixture
-def root(tmp_path: Path) -> Path:
-    """Two seeds of one method, tabulated."""
+@pytest.fixture(scope="module")
+def tabulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """Two seeds of one method, tabulated; not to be changed."""
+    folder = tmp_path_factory.mktemp("tabulated")
     chosen = params([], ["dynat"], (0, 1), (SETTING,))
     for seed in (0, 1):
-        write(tmp_path, "dynat", COUNTS, setting=SETTING, aa={40: 27 + seed}, seed=seed)
-    (tmp_path / "params.yaml").write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
-    for name, text in files(chosen, tmp_path).items():
-        (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
-        (tmp_path / name).write_text(text)
-    (tmp_path / "metrics/report.html").write_text(render(tabulate(chosen, tmp_path), tmp_path))
-    return tmp_path
+        write(folder, "dynat", COUNTS, setting=SETTING, aa={40: 27 + seed}, seed=seed)
+    (folder / "params.yaml").write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
+    for name, text in files(chosen, folder).items():
+        (folder / name).parent.mkdir(parents=True, exist_ok=True)
+        (folder / name).write_text(text)
+    (folder / "metrics/report.html").write_text(render(tabulate(chosen, folder), folder))
+    return folder
+
+
+@pytest.fixture
+def root(tabulated: Path, tmp_path: Path) -> Path:
+    """A copy of it."""
+    return shutil.copytree(tabulated, tmp_path / "copy")
 
 
 def faults(links: list[Link]) -> list[str]:
@@ -52,9 +60,9 @@ def rewritten(root: Path, name: str, pattern: str, text: str) -> None:
 
 
 def test_every_cell_and_table_holds_as_tabulated(root: Path) -> None:
-    shown = Printed(root)
-    assert {CELL, f"{SETTING}/dynat/0/aa", f"{SETTING}/dynat/mean/aa"} <= shown.cells.keys()
-    assert faults([link for key in shown.cells for link in shown.check(key)] + shown.tables()) == []
+    printed = Printed(root)
+    assert {CELL, f"{SETTING}/dynat/0/aa", f"{SETTING}/dynat/mean/aa"} <= printed.cells.keys()
+    assert faults([link for key in printed.cells for link in printed.check(key)] + printed.tables()) == []
 
 
 def other_source(cells: dict[str, Any]) -> None:

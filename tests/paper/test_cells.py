@@ -1,14 +1,14 @@
-"""``cells.json`` names what to count for every printed number; tables and plots hold just that."""
+"""``cells.json`` names what to count for every printed number; tables hold just that."""
 
 import json
 import re
 import statistics
-import subprocess
-import sys
 from pathlib import Path
 
 import pytest
-from synthetic import ATTACKS, COUNTS, files, history, params, put, records, recount, rows, stated, write
+from synthetic import ATTACKS, COUNTS, files, params, records, recount, rows, stated, write
+
+from dynat.paper.cells import average, radius
 
 
 def test_every_cell_can_be_recomputed_from_the_verdicts_it_names(tmp_path: Path) -> None:
@@ -74,52 +74,11 @@ def test_tables_print_the_cells_and_nothing_else(tmp_path: Path) -> None:
     )
 
 
-def test_plots_hold_every_epoch_and_accuracy(tmp_path: Path) -> None:
-    for seed in (0, 1):
-        write(tmp_path, "pgd_at", COUNTS, seed=seed)
-        history(tmp_path, "pgd_at", seed)
-    curve = {"checks": {}, "epsilon_curve": [[0, 97.0], [0.1, 40.5]], "model_sha256": "pgd_at-0"}
-    put(tmp_path / "metrics/sanity/toy/pgd_at/0.json", curve)
-    found = files(params(["pgd_at"], [], (0, 1)), tmp_path)
-    training = records(found["metrics/plots/training.csv"])
-    assert [(r["seed"], r["epoch"], r["test_clean"]) for r in training] == [
-        (str(seed), str(epoch), str(48 + 9 * epoch)) for seed in (0, 1) for epoch in range(3)
-    ]
-    accuracies = {
-        (r["seed"], r["attack"]): r["accuracy"] for r in records(found["metrics/plots/accuracy.csv"])
-    }
-    assert accuracies["1", "cw"] == accuracies["mean", "cw"] == "71.00"
-    assert [r["accuracy"] for r in records(found["metrics/plots/epsilon.csv"])] == ["97", "40.5"]
+@pytest.mark.parametrize(("epsilon", "text"), [(8 / 255, "8/255"), (0.031, "0.031"), (0.15, "0.15")])
+def test_epsilon_is_written_as_people_write_it(epsilon: float, text: str) -> None:
+    assert radius(epsilon) == text
 
 
-def test_dvc_compares_four_numbers_of_each_method_over_the_seeds_that_were_run(tmp_path: Path) -> None:
-    for seed, less in ((0, 0), (1, 4)):
-        write(tmp_path, "pgd_at", {k: v - less for k, v in COUNTS.items()}, seed=seed, aa={40: 27})
-    found = files(params(["pgd_at", "trades"], [], (0, 1)), tmp_path)
-    names = [name for name in found if name.startswith("metrics/tables/summary/")]
-    assert names == ["metrics/tables/summary/toy/pgd_at.json"]  # nothing of trades was run
-    assert json.loads(found[names[0]]) == {
-        "clean": COUNTS["clean"] - 2,
-        "pgd20": COUNTS["pgd20"] - 2,
-        "cw": COUNTS["cw"] - 2,
-        "aa": 67.5,
-    }
-
-
-def test_tabulating_twice_gives_the_same_bytes_and_needs_no_torch(tmp_path: Path) -> None:
-    write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
-    program = (
-        "import sys; from pathlib import Path; sys.path.insert(0, sys.argv[2]); import hashlib, synthetic\n"
-        "from dynat.paper.tabulation import tabulate, text_files\n"
-        "files = text_files(tabulate(synthetic.params(['pgd_at'], ['dynat']), Path(sys.argv[1])))\n"
-        "assert 'torch' not in sys.modules\n"
-        "print(hashlib.sha256(repr(sorted(files.items())).encode()).hexdigest())"
-    )
-    command = [sys.executable, "-c", program, str(tmp_path), str(Path(__file__).parents[1])]
-    first, second = (
-        subprocess.run(
-            command, check=True, capture_output=True, text=True, env={"PYTHONHASHSEED": seed}
-        ).stdout
-        for seed in ("1", "2")
-    )
-    assert first == second
+def test_seeds_with_unequal_attacks_are_no_average() -> None:
+    with pytest.raises(ValueError, match="unequal"):
+        average([{"seed": seed, "robust": 5, "n": 10} for seed in (0, 0, 1)])

@@ -1,16 +1,11 @@
 """Tables print what the verdicts count, keep what was not run, and refuse or mark what would mislead."""
 
-import json
 import re
 import statistics
 from pathlib import Path
 
 import pytest
-from synthetic import COUNTS, binary, files, hexadecimal, params, put, raised, records, rows, stated, write
-
-from dynat.errors import UserError
-from dynat.paper.cells import average, radius
-from dynat.paper.tabulation import tabulate
+from synthetic import COUNTS, files, params, put, raised, records, rows, stated, write
 
 # ----------------------------------------------------------------------------------------- what is printed
 
@@ -71,29 +66,12 @@ def test_a_row_not_run_stays_empty_in_its_place(tmp_path: Path) -> None:
     assert not any(row["accuracy"] or row["cell"] for row in empty)
 
 
-def test_nothing_run_at_all_still_gives_every_table(tmp_path: Path) -> None:
-    found = files(params(["pgd_at"], ["dynat"]), tmp_path)
-    assert list(rows(found["metrics/tables/toy.md"])) == ["pgd_at", "dynat"]
-    assert json.loads(found["metrics/tables/cells.json"]) == {}
-    assert found["metrics/plots/training.csv"].startswith("setting,method,seed,epoch,")
-
-
 def test_autoattack_on_more_samples_gets_a_column_of_its_own(tmp_path: Path) -> None:
     write(tmp_path, "pgd_at", COUNTS, aa={40: 27, 80: 50})
     text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
     head = next(line for line in text.splitlines() if line.startswith("| Method"))
     assert re.findall(r"AA \(n=\d+\)", head) == ["AA (n=40)", "AA (n=80)"]
     assert "62.50 [" in text
-
-
-@pytest.mark.parametrize(("epsilon", "text"), [(8 / 255, "8/255"), (0.031, "0.031"), (0.15, "0.15")])
-def test_epsilon_is_written_as_people_write_it(epsilon: float, text: str) -> None:
-    assert radius(epsilon) == text
-
-
-def test_seeds_with_unequal_attacks_are_no_average() -> None:
-    with pytest.raises(ValueError, match="unequal"):
-        average([{"seed": seed, "robust": 5, "n": 10} for seed in (0, 0, 1)])
 
 
 # ------------------------------------------------------------------------------------- what must not mislead
@@ -158,69 +136,11 @@ def test_a_failed_sanity_check_is_marked_at_the_method(tmp_path: Path) -> None:
     assert "split" not in text
 
 
-def test_checks_of_other_weights_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, "pgd_at", COUNTS)
-    put(tmp_path / "metrics/sanity/toy/pgd_at/0.json", {"checks": {}, "model_sha256": "other"})
-    with pytest.raises(UserError, match=r"metrics/sanity/toy/pgd_at/0\.json: checks of other weights"):
-        files(params(["pgd_at"], []), tmp_path)
-
-
 def test_seeds_that_are_missing_are_named(tmp_path: Path) -> None:
     for seed in (0, 2):
         write(tmp_path, "pgd_at", COUNTS, seed=seed)
     text = files(params(["pgd_at"], [], (0, 1, 2)), tmp_path)["metrics/tables/toy.md"]
     assert rows(text)["pgd_at"]["Clean"] == "97.00 ± 0.00" + raised(text, "training seed 0, 2 only")
-
-
-def test_autoattack_of_other_weights_is_refused_with_both_files(tmp_path: Path) -> None:
-    write(tmp_path, "pgd_at", COUNTS, aa={40: 27}, autoattack={"model_sha256": "other"})
-    with pytest.raises(UserError, match="other weights") as fault:
-        tabulate(params(["pgd_at"], []), tmp_path)
-    message = str(fault.value)
-    assert "metrics/autoattack/toy/pgd_at/0.json" in message
-    assert "metrics/attack/toy/pgd_at/0.json" in message
-    assert "dvc repro" in message
-    assert "\n" not in message
-
-
-def test_a_metric_that_its_verdicts_do_not_count_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, "pgd_at", COUNTS)
-    path = tmp_path / "metrics/attack/toy/pgd_at/0.json"
-    metrics = json.loads(path.read_text())
-    metrics["best"]["pgd20"]["accuracy"] += 1
-    put(path, metrics)
-    with pytest.raises(
-        UserError, match=r"metrics/attack/toy/pgd_at/0.json: best/pgd20 says 75.0 .* count 74.0 "
-    ):
-        tabulate(params(["pgd_at"], []), tmp_path)
-
-
-def test_one_changed_verdict_is_refused(tmp_path: Path) -> None:
-    write(tmp_path, "pgd_at", COUNTS)
-    path = tmp_path / "metrics/attack/toy/pgd_at/0.verdicts.json"
-    verdicts = json.loads(path.read_text())
-    flags = binary(verdicts["best"]["cw"]["robust"], 100)
-    verdicts["best"]["cw"]["robust"] = hexadecimal([False, *flags[1:]])
-    put(path, verdicts)
-    with pytest.raises(UserError, match="best/cw says"):
-        tabulate(params(["pgd_at"], []), tmp_path)
-
-
-def test_metrics_without_verdicts_are_refused(tmp_path: Path) -> None:
-    write(tmp_path, "pgd_at", COUNTS)
-    (tmp_path / "metrics/attack/toy/pgd_at/0.verdicts.json").unlink()
-    with pytest.raises(UserError, match=r"0.verdicts.json: missing"):
-        tabulate(params(["pgd_at"], []), tmp_path)
-
-
-@pytest.mark.parametrize("content", ["{", "[]", '{"epsilon": 1}', '{"model_sha256": "a", "best": 3}'])
-def test_metrics_that_no_stage_wrote_are_one_line(tmp_path: Path, content: str) -> None:
-    path = tmp_path / "metrics/attack/toy/pgd_at/0.json"
-    path.parent.mkdir(parents=True)
-    path.write_text(content)
-    with pytest.raises(UserError, match="toy/pgd_at/0") as fault:
-        tabulate(params(["pgd_at"], []), tmp_path)
-    assert "\n" not in str(fault.value)
 
 
 def lock_file(root: Path, versions: dict[str, str]) -> None:
@@ -234,25 +154,23 @@ def lock_file(root: Path, versions: dict[str, str]) -> None:
     (root / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n{entries}")
 
 
+def code_versions(root: Path, **other: str) -> dict[str, str]:
+    """The version of each stage's code for three methods with results; ``other`` replaces those of mart."""
+    kinds = {"mart": "baseline", "pgd_at": "baseline", "dynat": "dynat"}
+    for method in kinds:
+        write(root, method, COUNTS, aa={40: 27})
+    stages = [f"{s}_{kinds[m]}@toy-{m}-0" for s in ("train", "attack", "autoattack") for m in kinds]
+    return dict.fromkeys(stages, "same") | {f"{s}_baseline@toy-mart-0": each for s, each in other.items()}
+
+
 @pytest.mark.parametrize(
     ("stage", "marked"), [("train", "Clean AA"), ("attack", "Clean"), ("autoattack", "AA")]
 )
 def test_a_number_that_other_code_made_than_its_column_is_marked(
     tmp_path: Path, stage: str, marked: str
 ) -> None:
-    methods = ("mart", "pgd_at", "dynat")
-    for method in methods:
-        write(tmp_path, method, COUNTS, aa={40: 27})
-    kinds = {"mart": "baseline", "pgd_at": "baseline", "dynat": "dynat"}
-    stages = [f"{s}_{kinds[m]}@toy-{m}-0" for s in ("train", "attack", "autoattack") for m in methods]
-    selection = params(["mart", "pgd_at"], ["dynat"])
-
-    lock_file(tmp_path, dict.fromkeys(stages, "same"))
-    same = files(selection, tmp_path)
-    (tmp_path / "dvc.lock").unlink()
-    assert files(selection, tmp_path) == same
-    lock_file(tmp_path, dict.fromkeys(stages, "same") | {f"{stage}_baseline@toy-mart-0": "other"})
-    text = files(selection, tmp_path)["metrics/tables/toy.md"]
+    lock_file(tmp_path, code_versions(tmp_path, **{stage: "other"}))
+    text = files(params(["mart", "pgd_at"], ["dynat"]), tmp_path)["metrics/tables/toy.md"]
     note = f"other code than for the rest of the column (metrics/code/{stage}.json); run dvc repro"
     mark = raised(text, note)
     for column in ("Clean", "AA"):
@@ -260,12 +178,14 @@ def test_a_number_that_other_code_made_than_its_column_is_marked(
         assert not any(rows(text)[method][column].endswith(mark) for method in ("pgd_at", "dynat"))
 
 
-def test_a_lock_file_that_cannot_be_read_is_one_line(tmp_path: Path) -> None:
-    write(tmp_path, "pgd_at", COUNTS)
-    (tmp_path / "dvc.lock").write_text("stages: {a: [")
-    with pytest.raises(UserError, match=r"dvc.lock: cannot be read .*git checkout") as fault:
-        tabulate(params(["pgd_at"], []), tmp_path)
-    assert "\n" not in str(fault.value)
+def test_numbers_of_one_code_or_of_code_that_no_lock_records_are_not_marked(tmp_path: Path) -> None:
+    selection, versions = params(["mart", "pgd_at"], ["dynat"]), code_versions(tmp_path)
+    without = files(selection, tmp_path)
+    assert "other code" not in without["metrics/tables/toy.md"]
+    lock_file(tmp_path, versions)
+    assert files(selection, tmp_path) == without
+    lock_file(tmp_path, {stage: md5 for stage, md5 in versions.items() if "mart" not in stage})
+    assert files(selection, tmp_path) == without
 
 
 def test_columns_on_fewer_images_than_those_beside_them_are_said_to_be(tmp_path: Path) -> None:
