@@ -42,8 +42,9 @@ def perturbed(
     found = []
     for index, label, natural, image in zip(indices, labels, naturals, images, strict=True):
         change = image - natural / np.float32(255)
-        images = {"natural": natural, "perturbed": _grey_levels(image), "difference": _amplified(change)}
-        found.append({"index": int(index), "label": int(label), **images})
+        change = 0.5 + 0.5 * change / (float(np.abs(change).max()) or 1.0)
+        three = {"natural": natural, "perturbed": _grey_levels(image), "difference": _grey_levels(change)}
+        found.append({"index": int(index), "label": int(label), **three})
     return found
 
 
@@ -53,11 +54,6 @@ def data_uri(pixels: Pixels) -> str:
     file = io.BytesIO()
     Image.fromarray(np.ascontiguousarray(channels.transpose(1, 2, 0))).save(file, "BMP")
     return "data:image/bmp;base64," + base64.b64encode(file.getvalue()).decode()
-
-
-def _amplified(difference: NDArray[np.float32]) -> Pixels:
-    largest = float(np.abs(difference).max()) or 1.0
-    return _grey_levels(0.5 + 0.5 * difference / largest)
 
 
 def _grey_levels(image: NDArray[np.float32]) -> Pixels:

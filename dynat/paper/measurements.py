@@ -4,6 +4,7 @@ Numbers are counted from the per-sample verdicts; the metrics beside them must a
 """
 
 import re
+from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
@@ -20,6 +21,7 @@ from dynat.runtime.lock import locked, read_lock
 
 RUN = ["setting", "method", "seed"]
 CURVES = ["train_clean", "test_clean", "validation_robust"]
+Texts = dict[tuple[str, str], list[str]]  # by setting and method; nothing for what was not run
 
 
 class Measurement(NamedTuple):
@@ -34,7 +36,6 @@ class Measurement(NamedTuple):
     seed: int  # of the training
     column: str
     checkpoint: str  # "best" or "last"
-    epoch: int  # of the checkpoint
     attack: str  # name in the verdicts; AutoAttack's union is its last attack, "square"
     robust: int  # samples
     n: int  # samples
@@ -50,12 +51,13 @@ class Measurement(NamedTuple):
 
 @dataclass(frozen=True)
 class Results:
-    """What is known of the selected runs, in their order; what was not run has no rows; all have ``RUN``."""
+    """What is known of the selected runs, in their order; the frames have ``RUN``, and no rows of others."""
 
     measurements: pd.DataFrame  # a row per Measurement
     radii: pd.DataFrame  # accuracy in percent under PGD-20 of radius epsilon, on the first n test images
     histories: pd.DataFrame  # epoch and the CURVES in percent, as text, as the training wrote them
-    failed_checks: dict[tuple[str, str], tuple[str, ...]]  # (setting, method) -> footnotes, sanity suite
+    epochs: Texts  # best and last epoch of each seed, "13 / 15"
+    failed_checks: Texts  # footnotes, a failed check of the sanity suite each
 
 
 def read_results(params: Params, root: Path = Path()) -> Results:
@@ -63,9 +65,9 @@ def read_results(params: Params, root: Path = Path()) -> Results:
 
     Raises :class:`UserError` on metrics that contradict their verdicts or each other's weights.
     """
-    code, failed = read_code(root), dict[tuple[str, str], tuple[str, ...]]()
-    measured: list[Measurement] = []
-    radii, histories = [], []
+    code, measured, radii, histories = read_code(root), list[Measurement](), [], []
+    epochs: Texts = defaultdict(list)
+    failed: Texts = defaultdict(list)
     for run in product(params.settings, (*params.baselines, *params.variants), params.seeds):
         name = "/".join(map(str, run))
         try:
@@ -73,18 +75,20 @@ def read_results(params: Params, root: Path = Path()) -> Results:
             measured += _measure(root, "attack", run, attack, code)
             measured += _measure(root, "autoattack", run, union, code)
             radii += [(*run, *point, sanity.get("n", 0)) for point in sanity.get("epsilon_curve", [])]
-            checks = [check for check, each in sanity.get("checks", {}).items() if not each["passed"]]
+            checks = sanity["checks"].items() if sanity else ()
+            notes = [f"sanity check failed: {c} (seed {run[2]})" for c, each in checks if not each["passed"]]
+            failed[run[:2]] += notes
+            epochs[run[:2]] += [f"{attack['best_epoch']} / {attack['last_epoch']}"] if attack else []
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             text = f"metrics of {name}: not as the stages write them ({error!r}); run dvc repro"
             raise UserError(text) from None
-        notes = tuple(f"sanity check failed: {check} (seed {run[2]})" for check in checks)
-        failed[run[:2]] = failed.get(run[:2], ()) + notes
         rows = read_csv(root, f"models/{name}/history.csv")
         histories += [dict(zip(RUN, run, strict=True)) | row for row in rows]
     return Results(
         pd.DataFrame(measured, columns=list(Measurement._fields)),
         pd.DataFrame(radii, columns=[*RUN, "epsilon", "accuracy", "n"]),
         pd.DataFrame(histories, columns=[*RUN, "epoch", *CURVES]).fillna(""),
+        epochs,
         failed,
     )
 
@@ -137,10 +141,9 @@ def _measure(
                 f"{file}: {block}/{name} says {stated['accuracy']} % of {stated['n']}, but its verdicts "
                 f"count {counted['accuracy']} % of {counted['n']}; restore both or run dvc repro -f"
             )
-        weights = checkpoint, metrics[f"{checkpoint}_epoch"]
         count = counted["robust"], counted["n"], metrics["epsilon"], metrics["attack_seed"]
         files = file, f"/{block}/{name}/accuracy", companion
-        yield Measurement(*run, column, *weights, attack, *count, *files, tuple(caveats), *versions)
+        yield Measurement(*run, column, checkpoint, attack, *count, *files, tuple(caveats), *versions)
 
 
 def _accuracies(kind: str, metrics: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:

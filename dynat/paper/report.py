@@ -25,40 +25,29 @@ def render(found: Tabulation, root: Path = Path()) -> str:
     sections = [{"id": s, "title": f"Setting {s}", **_figures(found, s, root)} for s in found.params.settings]
     sections += [{"id": f"table{number}", "title": title} for number, title in TITLES.items()]
     page = _templates().get_template("report.html")
-    return page.render(sections=sections, tables=found.tables, **_cells(found))
+    return page.render(sections=sections, tables=found.tables, cells=found.cells.to_dict("index"))
 
 
 def recounted(found: Tabulation) -> list[str]:
     """The parts of the report that come from verdicts alone: its tables and the sheets of all cells."""
     macros: Any = _templates().get_template("macros.html").module
-    return [*map(str, map(macros.tables_of, found.tables.values())), str(macros.sheets(**_cells(found)))]
+    return [
+        *map(str, map(macros.tables_of, found.tables.values())),
+        str(macros.sheets(found.cells.to_dict("index"))),
+    ]
 
 
 @cache
 def _templates() -> Environment:
     found = Environment(loader=PackageLoader("dynat.paper"), autoescape=True, undefined=StrictUndefined)
     found.trim_blocks = found.lstrip_blocks = True
-    found.filters |= {
-        "slug": slug,
-        "name": name,
-        "radius": radius,
-        "quote": shlex.quote,
-        "data_uri": data_uri,
-    }
+    found.filters.update(slug=slug, name=name, radius=radius, quote=shlex.quote, data_uri=data_uri)
     return found
 
 
 def slug(key: str) -> str:
     """A cell's key as part of an HTML id."""
     return re.sub(r"[^\w.-]+", "-", key).strip("-")
-
-
-def _cells(found: Tabulation) -> dict[str, Any]:
-    """What the sheets need: all cells, and the keys that the tables of the report print."""
-    printed = {
-        item.key for each in found.tables.values() for table in each for row in table.rows for item in row
-    }
-    return {"cells": found.cells.to_dict("index"), "printed": printed}
 
 
 def _figures(found: Tabulation, setting: str, root: Path) -> dict[str, Any]:

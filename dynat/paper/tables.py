@@ -24,8 +24,8 @@ def setting_tables(setting: str, params: Params, results: Results, cells: pd.Dat
     usual, methods = shared(ours), [*params.baselines, *params.variants]
     names = ours[["method", "column"]].itertuples(index=False, name=None)
     items = dict(zip(names, _items(ours, usual, params).values(), strict=True))
-    labels = {method: Item(method, results.failed_checks.get((setting, method), ())) for method in methods}
-    epochs = _epochs(results.measurements, setting)
+    labels = {method: Item(method, tuple(results.failed_checks[setting, method])) for method in methods}
+    epochs = {method: Item(", ".join(results.epochs[setting, method])) for method in methods}
 
     seeds = ", ".join(map(str, params.seeds))
     one = f"training seed {seeds}, 95 % Wilson interval"
@@ -34,7 +34,7 @@ def setting_tables(setting: str, params: Params, results: Results, cells: pd.Dat
     text += f"{_shared_text(usual, best)}{ALL}, as in the paper's Table 1.{_subset_text(usual)}"
     other = f"The same trainings without choosing an epoch.{_shared_text(usual, LAST)}"
     head = ["Method", "Epoch (chosen / last)", *(heading(column, usual) for column in LAST)]
-    last = [[labels[m], Item(epochs.get(m, "")), *(items.get((m, c), Item()) for c in LAST)] for m in methods]
+    last = [[labels[m], epochs[m], *(items.get((m, c), Item()) for c in LAST)] for m in methods]
     return [
         Table(
             setting,
@@ -61,7 +61,7 @@ def paper_table(number: int, params: Params, results: Results, cells: pd.DataFra
         own = [tuple(text for text in each if text not in shared_doubts) for each in doubts]
         theirs = map(Item, (each["published"] for each in row.values()), own)
         table.rows.append([Item(label, shared_doubts), Item("paper"), *theirs])
-        sanity = results.failed_checks.get((first["setting"], first["recipe"]), ())
+        sanity = tuple(results.failed_checks.get((first["setting"], first["recipe"]), ()))
         table.rows.append([Item(), Item("here", sanity), *(items.get(key, Item()) for key in row)])
         if row.keys() & items.keys():
             table.rows.append([Item(), Item("difference"), *(Item(gaps.get(key, "")) for key in row)])
@@ -94,18 +94,6 @@ def _items(cells: pd.DataFrame, usual: Shared, params: Params) -> dict[Any, Item
     """Key -> a cell as a table prints it, with its footnotes."""
     found = cells.to_dict("index")
     return {key: Item(c["text"], footnotes(c, usual, params.seeds), str(key)) for key, c in found.items()}
-
-
-def _epochs(measurements: pd.DataFrame, setting: str) -> dict[str, str]:
-    """Method -> chosen and last epoch of each seed."""
-    own = measurements.loc[measurements["setting"] == setting, ["method", "seed", "checkpoint", "epoch"]]
-    found: dict[str, dict[int, dict[str, int]]] = {}
-    for method, seed, checkpoint, epoch in own.itertuples(index=False, name=None):
-        found.setdefault(method, {}).setdefault(seed, {})[checkpoint] = epoch
-    return {
-        method: ", ".join(f"{each['best']} / {each['last']}" for each in seeds.values() if "last" in each)
-        for method, seeds in found.items()
-    }
 
 
 def _rank(column: str) -> tuple[int, int]:
