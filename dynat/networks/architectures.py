@@ -54,14 +54,9 @@ def resnet(
     `blocks` and `strides` give each stage's block count and first stride; channels double per stage from
     `width`. LBGAT's and DYNAT's guide is strides (1, 1, 2, 2). Initialised by PyTorch's defaults.
     """
-    _require_stages(blocks, strides)
-    stem: Layers = {
-        "conv1": PixelConv(in_channels, width),
-        "bn1": nn.BatchNorm2d(width),
-        "relu": nn.ReLU(inplace=True),
-    }
+    stem: Layers = {"conv1": PixelConv(in_channels, width), "bn1": nn.BatchNorm2d(width)}
     stages, channels = _stages(BasicBlock, blocks, strides, width)
-    return stem | stages | _head("linear", channels, num_classes)
+    return stem | {"relu": nn.ReLU(inplace=True)} | stages | _head("linear", channels, num_classes)
 
 
 def preact_resnet(
@@ -75,7 +70,6 @@ def preact_resnet(
 
     Options and initialisation as for `resnet`.
     """
-    _require_stages(blocks, strides)
     stem: Layers = {"conv1": PixelConv(in_channels, width)}
     stages, channels = _stages(PreActBlock, blocks, strides, width)
     final: Layers = {"bn": nn.BatchNorm2d(channels), "relu": nn.ReLU(inplace=True)}
@@ -134,32 +128,24 @@ NETWORKS: dict[str, Callable[..., Layers]] = {
 }
 
 
-def count_parameters(model: nn.Module) -> int:
-    """Return the number of parameters, those of a frozen `sub_block1` included."""
-    return sum(p.numel() for p in model.parameters())
-
-
 def multiply_adds(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
     """Return the multiply-adds of all convolutions and linear layers for one image (channels, height, width).
 
-    Counted during one forward of a copy in eval mode, so neither the model's mode nor its batch-norm
-    statistics move.
+    Counted in one forward of a copy in eval mode: neither mode nor statistics of the model move.
     """
-    total = 0  # by hooks: torch.utils.flop_counter counts the same, but imports 5 s of compiler first
+    counts: list[int] = []  # by hooks: torch.utils.flop_counter imports 5 s of compiler first
 
-    def add(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        nonlocal total
-        weight = layer.get_parameter("weight")
-        total += output.numel() * weight[0].numel()
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        counts.append(output.numel() * layer.get_parameter("weight")[0].numel())
 
     model = copy.deepcopy(model).eval()
     for layer in model.modules():
         if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(add)
-    like = next(model.parameters())
+            layer.register_forward_hook(count)
+    weight = next(model.parameters())
     with torch.no_grad():
-        model(torch.zeros(1, *input_shape, device=like.device, dtype=like.dtype))
-    return total
+        model(torch.zeros(1, *input_shape, device=weight.device, dtype=weight.dtype))
+    return sum(counts)
 
 
 class PixelConv(nn.Conv2d):
@@ -225,8 +211,8 @@ class BasicBlock(nn.Module):
         return relu(out, inplace=True)
 
 
-class _PreActivation(nn.Module):
-    """What the pre-activation blocks share: any 1x1 shortcut takes the activated input."""
+class PreActBlock(nn.Module):
+    """Pre-activation residual block of PreActResNet: a 1x1 shortcut, if any, takes the activated input."""
 
     def __init__(self, c_in: int, c_out: int, stride: int) -> None:
         super().__init__()
@@ -234,38 +220,32 @@ class _PreActivation(nn.Module):
         self.conv1 = _conv(c_in, c_out, 3, stride)
         self.bn2 = nn.BatchNorm2d(c_out)
         self.conv2 = _conv(c_out, c_out, 3)
+        self._add_shortcut(None if stride == 1 and c_in == c_out else _conv(c_in, c_out, 1, stride))
 
-    def _residual(self, x: Tensor, projection: nn.Module | None) -> Tensor:
+    def _add_shortcut(self, conv: nn.Conv2d | None) -> None:
+        self.shortcut = None if conv is None else nn.Sequential(conv)
+
+    def _shortcut(self) -> nn.Module | None:
+        return self.shortcut
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Map (N, c_in, H, W) to (N, c_out, H / stride, W / stride)."""
         activated = relu(self.bn1(x), inplace=True)
+        projection = self._shortcut()
         skip = x if projection is None else projection(activated)
         out = self.conv2(relu(self.bn2(self.conv1(activated)), inplace=True))
         out += skip
         return out
 
 
-class PreActBlock(_PreActivation):
-    """Block of PreActResNet."""
-
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
-        super().__init__(c_in, c_out, stride)
-        same = stride == 1 and c_in == c_out
-        self.shortcut = None if same else nn.Sequential(_conv(c_in, c_out, 1, stride))
-
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, c_in, H, W) to (N, c_out, H / stride, W / stride)."""
-        return self._residual(x, self.shortcut)
-
-
-class WideBlock(_PreActivation):
+class WideBlock(PreActBlock):
     """Block of WideResNet: PreActBlock under TRADES' names."""
 
-    def __init__(self, c_in: int, c_out: int, stride: int) -> None:
-        super().__init__(c_in, c_out, stride)
-        self.convShortcut = None if c_in == c_out else _conv(c_in, c_out, 1, stride)
+    def _add_shortcut(self, conv: nn.Conv2d | None) -> None:
+        self.convShortcut = conv
 
-    def forward(self, x: Tensor) -> Tensor:
-        """Map (N, c_in, H, W) to (N, c_out, H / stride, W / stride)."""
-        return self._residual(x, self.convShortcut)
+    def _shortcut(self) -> nn.Module | None:
+        return self.convShortcut
 
 
 class Uncalled(nn.Module):
@@ -294,6 +274,8 @@ def _stages(
     block: Callable[[int, int, int], nn.Module], blocks: Sequence[int], strides: Sequence[int], width: int
 ) -> tuple[Layers, int]:
     """Return layer1, layer2, ... and the channels of the last."""
+    if not blocks or len(blocks) != len(strides):
+        raise UserError(f"blocks {list(blocks)} and strides {list(strides)}: give one stride per stage")
     widths = [width, *(width * 2**i for i in range(len(blocks)))]
     stages: Layers = {
         f"layer{i + 1}": _stage(block, n, widths[i], widths[i + 1], stride)
@@ -304,8 +286,3 @@ def _stages(
 
 def _head(name: str, channels: int, num_classes: int) -> Layers:
     return {"pool": nn.AdaptiveAvgPool2d(1), "flatten": nn.Flatten(), name: nn.Linear(channels, num_classes)}
-
-
-def _require_stages(blocks: Sequence[int], strides: Sequence[int]) -> None:
-    if not blocks or len(blocks) != len(strides):
-        raise UserError(f"blocks {list(blocks)} and strides {list(strides)}: give one stride per stage")
