@@ -3,7 +3,7 @@
 Plain float32 PyTorch, forward by forward as methods.md describes the originals: contiguous tensors,
 ``torch.optim.SGD``, parameters that keep requiring gradients during the attack, the guide or the natural
 prediction recomputed at every inner step, forwards whose output nobody reads. Random draws come from the
-batch, so that both sides train on the same numbers. Shapes as in :class:`dynat.methods.step.Batch`.
+batch, so that both sides train on the same numbers. Shapes as in :class:`dynat.methods.batches.Batch`.
 """
 
 from collections.abc import Callable
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynat.config.recipe import Recipe
-from dynat.methods.step import Batch
+from dynat.methods.batches import Batch
 
 Losses = tuple[Tensor, Tensor]  # of the target and of the guide, before the update
 InnerLoss = Callable[[Tensor], Tensor]  # the iterate -> a scalar to be maximised

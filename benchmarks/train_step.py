@@ -24,7 +24,8 @@ from torch import nn
 from benchmarks.published import STEPS, Published
 from dynat.config.params import load
 from dynat.config.recipe import Recipe
-from dynat.methods.step import Batch, Engine
+from dynat.methods.batches import Batch
+from dynat.methods.step import Engine
 from dynat.networks.architectures import build, multiply_adds
 from dynat.runtime.machine import fast_bf16
 

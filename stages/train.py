@@ -5,24 +5,19 @@ accuracy, ``*.last.safetensors`` those of the last epoch; ``history.csv`` has a 
 the losses of the first steps.
 """
 
-import shutil
 import sys
 from collections.abc import Iterator
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from tqdm import tqdm
 
 from dynat.errors import DivergedError, UserError
 from dynat.runtime import distributed
 from dynat.runtime import machine as environment
-from dynat.runtime.files import sha256, write_csv
+from dynat.runtime.files import sha256
 from dynat.runtime.resume import ResumeStore, graceful_stop
 from dynat.runtime.stage import INTERRUPTED, Run, RunRecord, main, run_of_arguments
 from dynat.runtime.tracking import Tracker
-
-if TYPE_CHECKING:
-    from dynat.methods.training import Training
 
 
 def stage() -> int:
@@ -67,7 +62,7 @@ def stage() -> int:
             tracker.finish("KILLED", timeout=0)
             print(f"stopped; epoch {training.progress.epoch} starts again at the next run", file=sys.stderr)
             return INTERRUPTED
-        _write(run.path("models"), training, metadata)
+        training.write(run.path("models"), metadata)
         model = sha256(run.path("models") / "target.safetensors")
         tracker.tags({"model.sha256": model})
         run_id = tracker.finish()
@@ -94,30 +89,6 @@ def _train_along(run: Run) -> int:
         done = training.run(lambda _: None, lambda: distributed.anyone(stop.requested))
     distributed.leave()
     return 0 if done else INTERRUPTED
-
-
-def _write(folder: Path, training: "Training", metadata: dict[str, str]) -> None:
-    """Write the model folder under a temporary name and rename it: it is there whole or not at all."""
-    from dynat.networks.weights import save_weights
-
-    progress = training.progress
-    partial = folder.with_name(f".{folder.name}.partial")
-    shutil.rmtree(partial, ignore_errors=True)
-    for name, network in training.networks.items():
-        last = {key: value.detach().cpu() for key, value in network.state_dict().items()}
-        for suffix, weights, epoch in (
-            ("", progress.best[name], progress.best_epoch),
-            (".last", last, progress.epoch - 1),
-        ):
-            save_weights(
-                partial / f"{name}{suffix}.safetensors",
-                weights,
-                {"network": metadata[name], "epoch": str(epoch), "precision": training.precision},
-            )
-    write_csv(partial / "history.csv", progress.history)
-    write_csv(partial / "trace.csv", progress.trace)
-    shutil.rmtree(folder, ignore_errors=True)
-    partial.rename(folder)
 
 
 if __name__ == "__main__":

@@ -11,7 +11,7 @@ import torch
 from helpers import add_to_weights, ce, kl, proxy_perturbation
 from torch import Tensor, nn
 
-from dynat.methods.step import Batch
+from dynat.methods.batches import Batch
 
 Objective = Callable[[Tensor], Tensor]  # logits -> loss per sample
 

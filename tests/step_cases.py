@@ -25,7 +25,7 @@ from published_steps import (
 )
 
 from dynat.config.recipe import Recipe
-from dynat.methods.step import Batch
+from dynat.methods.batches import Batch
 
 PARAMS = yaml.safe_load((Path(__file__).parents[1] / "params.yaml").read_text())
 LBGAT = {

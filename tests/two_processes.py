@@ -8,7 +8,8 @@ from helpers import Tiny, random_images
 from step_cases import CASES, draw
 from torch import Tensor, nn
 
-from dynat.methods.step import Batch, Engine
+from dynat.methods.batches import Batch
+from dynat.methods.step import Engine
 from dynat.runtime import distributed
 
 COUNT = 7  # samples: uneven slices

@@ -1,8 +1,8 @@
 """One attack engine for training and evaluation: signed gradient ascent inside an l-infinity ball.
 
 Images are float32 [B,C,H,W] in [0,1], labels int64 [B], epsilon and step in the same unit as the images.
-What an attack maximises, who still moves and where it starts are arguments; see methods.md 1 and 3.4 for
-the constants.
+What an attack maximises, who still moves and where it starts are arguments; their constants stand in
+docs/methods.md, sections 1 and 3.4.
 """
 
 from collections.abc import Callable
@@ -86,7 +86,7 @@ def kl_from(natural_logits: Tensor) -> Loss:
 
 
 def margin(labels: Tensor) -> Loss:
-    """Sum of max_{j != y} z_j - z_y, the C&W loss of methods.md 3.4."""
+    """Sum of max_{j != y} z_j - z_y, the C&W loss of docs/methods.md, section 3.4."""
     return lambda logits: margins(logits, labels).sum()
 
 
@@ -97,7 +97,7 @@ def margins(scores: Tensor, labels: Tensor) -> Tensor:
 
 
 class EarlyStop:
-    """Who still moves under FAT's or SAT's rule (recipes.Stop): state is the budget left per sample.
+    """Who still moves under FAT's or SAT's rule; its state is the budget left of each sample.
 
     A sample whose difficulty exceeds ``threshold`` with no budget left stays where it is; with budget left
     it goes on and one unit is used up (FAT, zjfheart/Friendly-Adversarial-Training).

@@ -1,4 +1,6 @@
-"""Losses of the target and instance weights: choices 3 and 4 of a recipe, written from methods.md.
+"""Losses of the target and instance weights: choices 3 and 4 of a recipe.
+
+Formulas and their sources: docs/methods.md, sections 3 to 12.
 
 Logits are [B,K] of any float type and are computed on in float32 or wider; labels int64 [B]. Per-sample
 functions return [B].
@@ -57,7 +59,7 @@ def target_loss(
     weights: Tensor | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
-    """Scalar loss of the target, mean over the batch (Eq. 5 and 6; methods.md 1).
+    """Scalar loss of the target, mean over the batch (Eq. 5 and 6; docs/methods.md, section 1).
 
     ``natural`` and ``adversarial`` are the target's logits on x and x', ``guide`` the guide's on x,
     ``labels`` the truth or the guide's argmax. ``alpha`` scales the adversarial term alone, as in the

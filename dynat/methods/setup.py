@@ -13,8 +13,7 @@ from dynat.data.splits import load
 from dynat.methods.step import Engine
 from dynat.methods.training import Training
 from dynat.networks.architectures import build
-from dynat.runtime import distributed
-from dynat.runtime import machine as environment
+from dynat.runtime import distributed, machine
 from dynat.runtime.closure import code_key
 from dynat.runtime.files import sha256
 from dynat.runtime.resume import resume_key
@@ -27,9 +26,9 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
     Needs ``data/<setting>.safetensors``; :class:`UserError` if it is missing.
     """
     study, recipe = run.study, run.params.recipe(run.setting, run.method)
-    device = environment.device_of(study.machine)
+    device = machine.device_of(study.machine)
     compiled = study.train.compile and recipe.inner.mode == "eval" and recipe.inner.steps > 0
-    compiler = environment.compiler(f"study.{run.setting}.train.compile", device) if compiled else "none"
+    compiler = machine.compiler(f"study.{run.setting}.train.compile", device) if compiled else "none"
     distributed.join(device)
     source = Path("data", f"{run.setting}.safetensors")
     data = load(source, device)
@@ -39,7 +38,7 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
         if spec is not None:
             networks[name], metadata[name] = _network(run, recipe, spec, data.train_images.shape[1])
             networks[name].to(device).to(memory_format=torch.channels_last)
-    precision = environment.precision_of(study.train, device)
+    precision = machine.precision_of(study.train, device)
     key = resume_key(
         {
             "recipe": recipe.model_dump_json(),
@@ -51,7 +50,7 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
             "processes": str(distributed.size()),
             "compiler": compiler,
             "precision": str(precision),
-            **environment.fingerprint(device),
+            **machine.fingerprint(device),
         }
     )
     fold = study.machine.instructions is None  # where bits are pinned, the plain arithmetic

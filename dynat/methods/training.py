@@ -1,24 +1,24 @@
-"""A whole training: epochs, held-out selection, history, resume.
+"""A whole training: epochs, held-out selection, history, resume, the folder that it leaves."""
 
-Everything random is drawn from (seed, epoch), so an epoch is repeated exactly without any loader or
-generator state, and a training resumed at an epoch's end goes on to the same bits.
-"""
-
-import hashlib
 import math
-from collections.abc import Callable, Iterator
+import shutil
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from dynat.config.recipe import Recipe, Train
-from dynat.data.splits import Splits, augment, to_unit
+from dynat.data.splits import Splits, to_unit
 from dynat.errors import DivergedError, UserError
 from dynat.methods import attacks
-from dynat.methods.step import Batch, Engine, Outcome
+from dynat.methods.batches import Batch, batches, generator
+from dynat.methods.step import Engine, StepLosses
+from dynat.networks.weights import save_weights
 from dynat.runtime import distributed
+from dynat.runtime.files import write_csv
 
 PATIENCE = 10  # epochs at the least before a target that learns nothing is given up
 PATIENT_SHARE = 0.2  # of all epochs, if that is more
@@ -39,16 +39,18 @@ class Progress:
 
 
 class Training:
-    """One training of a recipe on a data set, resumable at every epoch's end."""
+    """One training of a recipe on a data set, resumable at every epoch's end to the same bits.
+
+    Raises :class:`UserError`, naming the key of ``train``, where the data are too small for it.
+    """
 
     def __init__(self, engine: Engine, train: Train, data: Splits, seed: int) -> None:
-        if train.batch > len(data.train_images):
-            available = len(data.train_images)
+        available, side = len(data.train_images), min(data.train_images.shape[2:])
+        if train.batch > available:
             raise UserError(f"train.batch: {train.batch} is larger than the {available} training images")
-        side = min(data.train_images.shape[2:])
         if train.pad >= side:
             raise UserError(f"train.pad: {train.pad} must be below {side}, the side of an image")
-        last = len(data.train_images) % train.batch or train.batch
+        last = available % train.batch or train.batch
         if last < distributed.size():
             raise UserError(
                 f"train.batch: with {train.batch} an epoch's last batch has {last} images for "
@@ -63,6 +65,22 @@ class Training:
         """The type of the matrix products, "fp32" or "bf16"."""
         return "fp32" if self.engine.precision == torch.float32 else "bf16"
 
+    @property
+    def networks(self) -> dict[str, nn.Module]:
+        """The networks that this training trains, by name."""
+        both = {"target": self.engine.target, "guide": self.engine.guide}
+        return {name: network for name, network in both.items() if network is not None}
+
+    @property
+    def batches_per_epoch(self) -> int:
+        """Steps of an epoch."""
+        return -(-len(self.data.train_images) // self.train.batch)
+
+    def batches(self, epoch: int) -> Iterator[Batch]:
+        """The batches of an epoch, a function of (seed, epoch) alone; this process's slice of each."""
+        data = self.data
+        return batches(data.train_images, data.train_labels, self.recipe, self.train, self.seed, epoch)
+
     def run(
         self,
         after_epoch: Callable[[Row], None],
@@ -76,78 +94,31 @@ class Training:
         finite, and on a target that has collapsed to chance.
         """
         while self.progress.epoch < self.recipe.schedule.epochs:
-            outcomes = []
+            losses = []
             self.engine.set_epoch(self.progress.epoch)
             for batch in watch(self.batches(self.progress.epoch), self.batches_per_epoch):
-                outcomes.append(self.engine.step(batch))
+                losses.append(self.engine.step(batch))
                 if stopped():
                     return False
-            row = self._close_epoch(outcomes)
+            row = self._close_epoch(losses)
             after_epoch(row)
         return True
 
-    @property
-    def batches_per_epoch(self) -> int:
-        """Steps of an epoch; the last batch is kept although it may be smaller, as published."""
-        return -(-len(self.data.train_images) // self.train.batch)
-
-    def batches(self, epoch: int) -> Iterator[Batch]:
-        """The batches of an epoch, a function of (seed, epoch) alone; this process's slice of each."""
-        data, train, inner = self.data, self.train, self.recipe.inner
-        device = data.train_images.device
-        small = generator(torch.device("cpu"), self.seed, epoch, "batches")  # the same on every device
-        noise = generator(device, self.seed, epoch, "noise")
-        count = len(data.train_images)
-        order = torch.randperm(count, generator=small)
-        shifts = torch.randint(0, 2 * train.pad + 1, (count, 2), generator=small)
-        flips = (torch.rand(count, generator=small) < 0.5) & torch.tensor(train.flip)
-        angles = (2 * torch.rand(count, generator=small) - 1) * self.recipe.rotation
-        order, shifts, flips, angles = (drawn.to(device) for drawn in (order, shifts, flips, angles))
-        for whole in order.split(train.batch):
-            part = distributed.part(len(whole))
-            index = whole[part]
-            images = augment(
-                data.train_images[index],
-                shifts[index],
-                flips[index],
-                train.pad,
-                self.recipe.padding,
-                angles[index] if self.recipe.rotation else None,
-            )
-            shape = (len(whole), *images.shape[1:])  # drawn for all processes alike
-            draw = torch.rand if inner.start == "uniform" else torch.randn
-            jitter = None
-            if inner.stop is not None and inner.stop.noise > 0:
-                jitter = torch.randn((inner.steps, *shape), generator=noise, device=device)
-                jitter = jitter[:, part]
-            start = draw(shape, generator=noise, device=device)[part]
-            yield Batch(to_unit(images), data.train_labels[index], start, jitter)
-
-    def _close_epoch(self, outcomes: list[Outcome]) -> Row:
+    def _close_epoch(self, losses: list[StepLosses]) -> Row:
         progress = self.progress
-        target_losses = torch.stack([outcome.target_loss for outcome in outcomes]).tolist()
-        guide_losses = torch.stack([outcome.guide_loss for outcome in outcomes]).tolist()
-        for step, (target_loss, guide_loss) in enumerate(zip(target_losses, guide_losses, strict=True)):
-            if not (abs(target_loss) < float("inf") and abs(guide_loss) < float("inf")):
-                raise DivergedError(
-                    f"the loss is not finite in epoch {progress.epoch}, step {step} (target {target_loss}, "
-                    f"guide {guide_loss}); lower the learning rate"
-                )
-            if len(progress.trace) < TRACED_STEPS:
-                progress.trace.append({"target_loss": target_loss, "guide_loss": guide_loss})
-        for name, network in self.networks.items():  # the last step's loss was before its update
-            if not all(weights.isfinite().all() for weights in network.parameters()):
-                where = f"of the {name} is not finite after epoch {progress.epoch}"
-                raise DivergedError(f"a weight {where}; lower the learning rate")
+        target_losses, guide_losses = self._read(losses)
+        traced = zip(target_losses, guide_losses, strict=True)
+        new = [{"target_loss": of_target, "guide_loss": of_guide} for of_target, of_guide in traced]
+        progress.trace += new[: max(0, TRACED_STEPS - len(progress.trace))]
         row = {
             "epoch": progress.epoch,
             "lr": self.engine.optimizer.lr,
-            "target_loss": sum(target_losses) / len(outcomes),
+            "target_loss": sum(target_losses) / len(losses),
             **self._accuracies(),
         }
         if self.engine.guide is not None:
-            correct = torch.stack([outcome.guide_correct for outcome in outcomes]).sum().item()
-            row["guide_loss"] = sum(guide_losses) / len(outcomes)
+            correct = torch.stack([step.guide_correct for step in losses]).sum().item()
+            row["guide_loss"] = sum(guide_losses) / len(losses)
             row["guide_train"] = 100 * correct / len(self.data.train_images)
         self._refuse_collapse(row)
         progress.history.append(row)
@@ -156,6 +127,21 @@ class Training:
             progress.best = {name: _copy(network) for name, network in self.networks.items()}
         progress.epoch += 1
         return row
+
+    def _read(self, losses: list[StepLosses]) -> tuple[list[float], list[float]]:
+        """The losses of an epoch's steps, of target and guide; refuses what is not finite."""
+        epoch = self.progress.epoch
+        target_losses = torch.stack([step.target_loss for step in losses]).tolist()
+        guide_losses = torch.stack([step.guide_loss for step in losses]).tolist()
+        for step, pair in enumerate(zip(target_losses, guide_losses, strict=True)):
+            if not all(map(math.isfinite, pair)):
+                where = f"in epoch {epoch}, step {step} (target {pair[0]}, guide {pair[1]})"
+                raise DivergedError(f"the loss is not finite {where}; lower the learning rate")
+        for name, network in self.networks.items():  # the last step's loss was before its update
+            if not all(weights.isfinite().all() for weights in network.parameters()):
+                where = f"of the {name} is not finite after epoch {epoch}"
+                raise DivergedError(f"a weight {where}; lower the learning rate")
+        return target_losses, guide_losses
 
     def _refuse_collapse(self, row: Row) -> None:
         """Raise if the target has long been no better than a constant prediction on training images.
@@ -195,13 +181,13 @@ class Training:
             row["guide_test"] = self._accuracy(self.engine.guide, data.test_images, data.test_labels)
         if len(data.validation_images):
             images, labels = data.validation_images, data.validation_labels
-            row["validation_clean"] = self._accuracy(self.engine.target, images, labels)
-            row["validation_robust"] = self._accuracy(self.engine.target, images, labels, attacked=True)
+            row["validation_clean"] = self._accuracy(target, images, labels)
+            row["validation_robust"] = self._accuracy(target, images, labels, attacked=True)
         return row
 
     def _accuracy(self, network: nn.Module, images: Tensor, labels: Tensor, attacked: bool = False) -> float:
         network.eval()
-        inner, correct = self.recipe.inner, torch.zeros((), dtype=torch.long, device=images.device)
+        epsilon, correct = self.recipe.inner.epsilon, torch.zeros((), dtype=torch.long, device=images.device)
         noise = generator(images.device, self.seed, 0, "validation")
         parts = zip(images.split(self.train.batch), labels.split(self.train.batch), strict=True)
         for number, (part, truth) in enumerate(parts):
@@ -214,20 +200,14 @@ class Training:
                     network,
                     attacks.cross_entropy(truth),
                     x,
-                    attacks.uniform_start(x, inner.epsilon, start),
-                    epsilon=inner.epsilon,
-                    step=inner.epsilon / 4,
+                    attacks.uniform_start(x, epsilon, start),
+                    epsilon=epsilon,
+                    step=epsilon / 4,
                     steps=self.train.validation_steps,
                 )
             with torch.no_grad():
                 correct += (network(x).argmax(1) == truth).sum()
         return 100 * distributed.total(correct).item() / len(images)
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The networks that this training trains, by name."""
-        both = {"target": self.engine.target, "guide": self.engine.guide}
-        return {name: network for name, network in both.items() if network is not None}
 
     def state(self) -> dict[str, Any]:
         """All of the training's state after an epoch: tensors, numbers, strings, lists and dicts only."""
@@ -244,11 +224,25 @@ class Training:
         self.engine.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
 
+    def write(self, folder: Path, built: Mapping[str, str]) -> None:
+        """Write the finished training as ``folder``, which is there whole or not at all.
 
-def generator(device: torch.device, *key: int | str) -> torch.Generator:
-    """A generator on ``device`` whose stream is a function of ``key`` alone."""
-    digest = hashlib.sha256(repr(key).encode()).digest()
-    return torch.Generator(device).manual_seed(int.from_bytes(digest[:8], "big") >> 1)
+        ``built`` tells for each network how :func:`dynat.networks.architectures.build` builds it, in JSON.
+        """
+        progress = self.progress
+        partial = folder.with_name(f".{folder.name}.partial")
+        shutil.rmtree(partial, ignore_errors=True)
+        for name, network in self.networks.items():
+            for suffix, weights, epoch in (
+                ("", progress.best[name], progress.best_epoch),
+                (".last", network.state_dict(), progress.epoch - 1),
+            ):
+                metadata = {"network": built[name], "epoch": str(epoch), "precision": self.precision}
+                save_weights(partial / f"{name}{suffix}.safetensors", weights, metadata)
+        write_csv(partial / "history.csv", progress.history)
+        write_csv(partial / "trace.csv", progress.trace)
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
 
 def _copy(network: nn.Module) -> State:

@@ -2,7 +2,8 @@
 
 A train-mode forward moves a running statistic r to (1 - m) r + m b. Published training steps forward the
 same batch several times under the same weights; since b is the same each time, any order and number of
-such forwards is reached by one forward per distinct batch with other momenta (methods.md 3.1 and 13).
+such forwards is reached by one forward per distinct batch with other momenta (docs/methods.md, sections
+3.1 and 13).
 """
 
 from collections.abc import Iterator, Sequence

@@ -16,7 +16,8 @@ from pydantic import ValidationError
 from dynat.config.fields import describe
 from dynat.config.params import Params, load
 from dynat.config.recipe import Recipe, Train, rescale
-from dynat.methods.step import Batch, Engine
+from dynat.methods.batches import Batch
+from dynat.methods.step import Engine
 
 PARAMS = load(Path(__file__).parents[2] / "params.yaml")
 SCHEDULE = {"epochs": 100, "lr": 0.1, "weight_decay": 5e-4}

@@ -14,7 +14,7 @@ from dynat.config.params import Attack
 from dynat.config.recipe import Stop
 from dynat.evaluation.whitebox import pgd
 from dynat.methods import attacks
-from dynat.methods.step import early_stop
+from dynat.methods.inner import early_stop
 
 EPSILON, STEP, STEPS = 0.3, 0.08, 6
 COUNT = 12

@@ -17,7 +17,8 @@ from step_cases import (
 from torch import Tensor
 
 from dynat.config.recipe import Recipe
-from dynat.methods.step import Batch, Engine, Outcome
+from dynat.methods.batches import Batch
+from dynat.methods.step import Engine, StepLosses
 from dynat.networks.architectures import build
 
 
@@ -52,7 +53,7 @@ def test_two_steps_equal_the_published_ones(name: str) -> None:
 # ------------------------------------------------------------------------------- who learns from what
 
 
-def after_step(choice: Recipe, epoch: int = 20) -> tuple[dict[str, Tensor], dict[str, Tensor], Outcome]:
+def after_step(choice: Recipe, epoch: int = 20) -> tuple[dict[str, Tensor], dict[str, Tensor], StepLosses]:
     target, guide = networks()
     engine = Engine(choice, target, guide)
     engine.set_epoch(epoch)

@@ -14,11 +14,12 @@ from dynat.config.recipe import Recipe, Train
 from dynat.data.sources import prepare
 from dynat.data.splits import Splits
 from dynat.errors import UserError
+from dynat.methods.batches import Batch
 from dynat.methods.setup import set_up
-from dynat.methods.step import Batch, Engine, Outcome
+from dynat.methods.step import Engine, StepLosses
 from dynat.methods.training import Training
 from dynat.networks.architectures import build
-from dynat.runtime import machine as environment
+from dynat.runtime import machine
 from dynat.runtime.stage import Run
 
 RECIPES = load().recipes
@@ -124,7 +125,7 @@ def test_weights_that_the_last_step_of_an_epoch_ruined_are_never_kept(
     run = training("pgd_at")
     step, done = run.engine.step, 0
 
-    def ruinous(batch: Batch) -> Outcome:
+    def ruinous(batch: Batch) -> StepLosses:
         nonlocal done
         outcome = step(batch)
         done += 1
@@ -155,10 +156,10 @@ def test_a_training_in_another_precision_has_a_resume_state_of_its_own(
     params = parse(values)
     monkeypatch.chdir(tmp_path)
     prepare(params.study["digits"].data, Path("data/digits.safetensors"), "study.digits.data")
-    monkeypatch.setattr(environment, "device_of", lambda machine: torch.device("cpu"))
+    monkeypatch.setattr(machine, "device_of", lambda spec: torch.device("cpu"))
     keys = {}
     for fast, name in ((False, "fp32"), (True, "bf16")):
-        monkeypatch.setattr(environment, "fast_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(machine, "fast_bf16", lambda device, fast=fast: fast)
         run, _, keys[name] = set_up(Run("digits", "pgd_at", 0, params))
         assert run.precision == name
     assert keys["fp32"] != keys["bf16"]
