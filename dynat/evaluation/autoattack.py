@@ -4,7 +4,7 @@ One piece is one of the four attacks on one chunk of consecutive test images, th
 robust. The package's own resume cannot be used (it refuses every state file it wrote), and its randomness
 depends on seed and batch, so both are parameters and chunks are cut by index.
 
-Images are crafted with a faster equal of the network (``networks.folding``), in bf16 where the study asks for
+Images are crafted with a faster equal of the network (``networks.folded``), in bf16 where the study asks for
 it; every verdict is the float32 network's own, as stored. A success of bf16 that it does not confirm is
 attacked again in float32.
 """
@@ -26,7 +26,7 @@ from dynat.evaluation.square import Square
 from dynat.evaluation.verdicts import accuracy
 from dynat.evaluation.whitebox import Evidence, join, predict
 from dynat.methods.attacks import project
-from dynat.networks.folding import fold, mixed
+from dynat.networks.folded import fold, mixed
 from dynat.runtime import distributed
 from dynat.runtime.workers import Say, share
 

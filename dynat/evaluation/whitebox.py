@@ -5,7 +5,7 @@ a sample stays where it is as soon as it is misclassified, so it needs no furthe
 -50 and -100 are read off one trajectory. Unlike there, a sample that is wrong when clean counts as broken by
 every attack; the published one starts from its noisy image, which may happen to be right. A sample's random
 start depends on (seed, its index) alone: verdicts do not depend on the batch size. Gradients are those of the
-folded network (``networks.folding``), and no sample counts as broken before the network itself, as stored,
+folded network (``networks.folded``), and no sample counts as broken before the network itself, as stored,
 misclassifies its image.
 """
 
@@ -22,7 +22,7 @@ from dynat.config.params import Attack
 from dynat.data.splits import to_unit
 from dynat.evaluation.pieces import Piece, Pieces
 from dynat.methods import attacks
-from dynat.networks.folding import fold
+from dynat.networks.folded import fold
 
 
 @dataclass

@@ -12,13 +12,13 @@ from torch import Tensor, nn
 from dynat.config.recipe import Recipe, Stop
 from dynat.methods import attacks
 from dynat.methods.batches import Batch
-from dynat.networks.frozen import Frozen
+from dynat.networks.folded import Folded
 
 
 class InnerMaximisation:
     """Adversarial images for the batches of a training, against the present weights of ``target``.
 
-    With ``fold`` an eval-mode recipe attacks a simplified copy of the target (dynat.networks.frozen): faster,
+    With ``fold`` an eval-mode recipe attacks a folded copy of the target (dynat.networks.folded): faster,
     and the same up to rounding. ``compiled`` is for that copy: at the first forward of each batch size,
     with and without a gradient.
     """
@@ -29,7 +29,7 @@ class InnerMaximisation:
         self.recipe, self.target, self.precision = recipe, target, precision
         self.fold = fold and recipe.inner.mode == "eval"  # batch statistics cannot be folded
         self.compiled = compiled
-        self.frozen: Frozen | None = None  # since the first batch
+        self.folded: Folded | None = None  # since the first batch
 
     def __call__(
         self, batch: Batch, labels: Tensor, dynamic: Tensor, epoch: int
@@ -42,7 +42,7 @@ class InnerMaximisation:
         if inner.steps == 0:
             return images, None
         attacked = dynamic if inner.loss == "ce_dynamic" else batch.truth
-        forward = self._forward(images[:1])
+        forward = self._forward()
         if inner.loss == "kl":
             with torch.no_grad():
                 loss = attacks.kl_from(forward(images))
@@ -73,26 +73,27 @@ class InnerMaximisation:
             return attacks.uniform_start(batch.images, inner.epsilon, batch.start)
         return attacks.gaussian_start(batch.images, inner.noise, batch.start)
 
-    def _forward(self, example: Tensor) -> attacks.Forward:
+    def _forward(self) -> attacks.Forward:
         """The target as it is attacked, in the mode that the recipe asks for."""
         self.target.train(self.recipe.inner.mode == "train")
-        attacked = self._refreshed(example) if self.fold else self.target
+        if self.fold:
+            return self._refreshed()
 
         def forward(x: Tensor) -> Tensor:
             with autocast(x.device, self.precision):
-                return attacked(x)
+                return self.target(x)
 
         return forward
 
-    def _refreshed(self, example: Tensor) -> Frozen:
-        if self.frozen is not None:
-            self.frozen.refresh()
-            return self.frozen
-        self.frozen = Frozen(self.target, example, self.precision)
+    def _refreshed(self) -> Folded:
+        if self.folded is not None:
+            self.folded.refresh(self.target)
+            return self.folded
+        self.folded = Folded(self.target, self.precision)
         if self.compiled:
             torch._dynamo.reset()  # its limit of compilations is one for all networks of a process
-            self.frozen.copy.compile(dynamic=False, fullgraph=True)
-        return self.frozen
+            self.folded.network.compile(dynamic=False, fullgraph=True)
+        return self.folded
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:

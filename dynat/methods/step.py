@@ -167,8 +167,9 @@ class Engine:
         buffers_of_its_own = statistics(self.target, 0.0, 0)  # as the published proxy has them
         with buffers_of_its_own, autocast(self.device, self.precision):
             natural = self.target(batch.images) if objective.reads_natural else None
-            reads_adversarial = objective.reads_adversarial
-            logits = self.target(adversarial) if reads_adversarial or natural is None else natural
+            logits = natural
+            if logits is None or objective.reads_adversarial:
+                logits = self.target(adversarial)
         loss = objectives.target_loss(
             objective,
             natural=natural,
