@@ -15,7 +15,6 @@ from dynat.config.recipe import Recipe
 from dynat.methods import objectives
 from dynat.methods.batches import Batch
 from dynat.methods.inner import InnerMaximisation, autocast, latest
-from dynat.methods.optimizer import SGD
 from dynat.methods.perturbation import direction, perturbable, perturbed
 from dynat.networks.statistics import effective_momenta, statistics
 from dynat.runtime import distributed
@@ -51,11 +50,13 @@ class Engine:
         self.networks = [target] if guide is None else [target, guide]
         self.parameters = [parameter for network in self.networks for parameter in network.parameters()]
         self.device = self.parameters[0].device
-        self.optimizer = SGD(
+        self.optimizer = torch.optim.SGD(
             self.parameters,
             lr=recipe.schedule.lr,
             momentum=recipe.schedule.momentum,
             weight_decay=recipe.schedule.weight_decay,
+            foreach=self.device.type == "cpu",
+            fused=self.device.type == "cuda",
         )
         self.set_epoch(0)
         self.inner = InnerMaximisation(recipe, target, precision, fold, compiled)
@@ -75,7 +76,7 @@ class Engine:
         rate = schedule.lr * latest(schedule.drops, epoch, 1.0)
         if epoch == 0 and schedule.first_epoch_lr is not None:
             rate = schedule.first_epoch_lr
-        self.optimizer.lr = rate
+        self.optimizer.param_groups[0]["lr"] = rate
         self.epoch = epoch
 
     def step(self, batch: Batch) -> StepLosses:
@@ -91,7 +92,7 @@ class Engine:
             guide_loss, guide_correct = self._guide_loss(guide_logits, truth)
             self.optimizer.zero_grad()
             (target_loss + guide_loss).backward()  # Eq. 6
-            distributed.average(self.optimizer.gradients(), len(truth))
+            distributed.average([p.grad for p in self.parameters if p.grad is not None], len(truth))
             self.optimizer.step()
         for _ in range(self.forwards_after):
             with torch.no_grad(), autocast(self.device, self.precision):

@@ -112,7 +112,7 @@ class Training:
         progress.trace += new[: max(0, TRACED_STEPS - len(progress.trace))]
         row = {
             "epoch": progress.epoch,
-            "lr": self.engine.optimizer.lr,
+            "lr": self.engine.optimizer.param_groups[0]["lr"],
             "target_loss": sum(target_losses) / len(losses),
             **self._accuracies(),
         }

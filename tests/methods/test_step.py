@@ -40,13 +40,13 @@ def test_two_steps_equal_the_published_ones(name: str) -> None:
         of_target, of_guide = published_step(run, batch)
         assert outcome.target_loss.item() == pytest.approx(of_target.item(), rel=1e-9)
         assert outcome.guide_loss.item() == pytest.approx(of_guide.item(), rel=1e-9)
-    velocities = dict(zip(map(id, engine.optimizer.parameters), engine.optimizer.velocity, strict=True))
     for ours, theirs in ((target, run.t), (guide, run.g)):
         for (key, a), b in zip(ours.state_dict().items(), theirs.state_dict().values(), strict=True):
             assert torch.allclose(a, b, rtol=1e-8, atol=1e-11), key
         for (key, mine), other in zip(ours.named_parameters(), theirs.parameters(), strict=True):
             zero = torch.zeros_like(mine)
-            velocity, published = velocities.get(id(mine), zero), run.momentum.get(id(other), zero)
+            velocity = engine.optimizer.state.get(mine, {}).get("momentum_buffer", zero)
+            published = run.momentum.get(id(other), zero)
             assert torch.allclose(velocity, published, rtol=1e-8, atol=1e-11), key
 
 
@@ -119,7 +119,7 @@ def test_learning_rate_of_lbgat_over_its_epochs() -> None:
     ):
         for epoch in epochs:
             engine.set_epoch(epoch)
-            assert engine.optimizer.lr == pytest.approx(rate)
+            assert engine.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
 
 
 # --------------------------------------------------------------------- what a step does not do
@@ -130,6 +130,10 @@ def test_learning_rate_of_lbgat_over_its_epochs() -> None:
 def test_no_step_reads_a_value_from_the_device(name: str, fold: bool) -> None:
     """Tensors without values: whoever asks for one, as ``.item()`` and ``.nonzero()`` do, fails."""
     choice = shipped(name)
+    inner = choice.inner.model_copy(
+        update={"steps": min(2, choice.inner.steps)}
+    )  # each on meta tensors is slow
+    choice = choice.model_copy(update={"inner": inner})
     with torch.device("meta"):
         target, guide = (build("resnet", 5, 3, blocks=[1, 1], strides=[1, 2], width=4) for _ in range(2))
         images, truth = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)

@@ -1,7 +1,8 @@
 """The engine trains as the published transcription that it is timed against: losses, band, end result."""
 
 import copy
-from itertools import cycle
+from functools import cache
+from itertools import cycle, islice
 
 import pytest
 import torch
@@ -14,37 +15,54 @@ from dynat.config.params import load
 from dynat.config.recipe import Recipe, rescale
 from dynat.data.splits import Splits
 from dynat.methods import attacks
+from dynat.methods.batches import Batch
 from dynat.methods.step import Engine
 from dynat.methods.training import Training
 from dynat.networks.architectures import build, multiply_adds
 
 PARAMS = load()
 CPU = torch.device("cpu")
+STEP_COUNT = 20
 BAND = 0.1  # relative, of bf16 losses over 20 steps against float32
 KL = ("trades", "dynat")  # near x their attack's gradient is rounding alone, and the step takes its sign
 
 
-def losses(method: str, precision: torch.dtype, steps: int = 20) -> list[list[tuple[float, float]]]:
+def losses(method: str, precision: torch.dtype) -> list[list[tuple[float, float]]]:
     """Losses (target, guide) per step of the transcription and of the engine, on the same batches.
 
     ``precision`` is the engine's; the transcription is float64 where the engine is, else float32.
     """
-    recipe = slower(PARAMS.recipes[method])
-    target, guide, shape = networks("cnn", recipe, CPU)
     both = torch.float64 if precision == torch.float64 else torch.float32
-    for network in filter(None, (target, guide)):
-        network.to(both)
-    published = Published(method, recipe, copy.deepcopy(target), copy.deepcopy(guide))
+    recipe, target, guide, drawn = beginning(method, both)
     engine = engine_of(
         recipe, target, guide, torch.bfloat16 if precision == torch.bfloat16 else torch.float32
     )
-    rows: list[list[tuple[float, float]]] = [[], []]
-    for plain, _ in zip(cycle(batches(recipe, shape, 16, 4, CPU)), range(steps), strict=False):
-        batch = plain._replace(images=plain.images.to(both), start=plain.start.to(both))
-        theirs, ours = published.step(batch), engine.step(batch)
-        rows[0].append((theirs[0].item(), theirs[1].item()))
-        rows[1].append((ours.target_loss.item(), ours.guide_loss.item()))
-    return rows
+    done = [engine.step(batch) for batch in islice(cycle(drawn), STEP_COUNT)]
+    return [transcribed(method, both), [(each.target_loss.item(), each.guide_loss.item()) for each in done]]
+
+
+@cache
+def transcribed(method: str, dtype: torch.dtype) -> list[tuple[float, float]]:
+    """The losses of the transcription."""
+    recipe, target, guide, drawn = beginning(method, dtype)
+    published = Published(method, recipe, target, guide)
+    pairs = [published.step(batch) for batch in islice(cycle(drawn), STEP_COUNT)]
+    return [(of_target.item(), of_guide.item()) for of_target, of_guide in pairs]
+
+
+def beginning(method: str, dtype: torch.dtype) -> tuple[Recipe, nn.Module, nn.Module | None, list[Batch]]:
+    """What both start from: recipe, networks and batches in ``dtype``."""
+    recipe = slower(PARAMS.recipes[method])
+    target, guide, shape = networks("cnn", recipe, CPU)
+    for network in filter(None, (target, guide)):
+        network.to(dtype)
+    drawn = batches(recipe, shape, 16, 4, CPU)
+    return (
+        recipe,
+        target,
+        guide,
+        [b._replace(images=b.images.to(dtype), start=b.start.to(dtype)) for b in drawn],
+    )
 
 
 def slower(recipe: Recipe) -> Recipe:
@@ -94,7 +112,7 @@ def test_model_flops_on_resnet18_are_the_hand_count(method: str, forwards: int) 
 @pytest.mark.slow
 def test_both_train_digits_to_the_same_robust_accuracy() -> None:
     study = PARAMS.study["digits"]
-    train = study.train.model_copy(update={"epochs": 6})
+    train = study.train.model_copy(update={"epochs": 4})
     recipe = rescale(PARAMS.recipes["dynat_inner"], train)
     target, guide, _ = networks("cnn", recipe, CPU)
     published = Published("dynat_inner", recipe, copy.deepcopy(target), copy.deepcopy(guide))
@@ -102,12 +120,12 @@ def test_both_train_digits_to_the_same_robust_accuracy() -> None:
     training = Training(engine, train, digits(), 0)
     for epoch in range(recipe.schedule.epochs):
         engine.set_epoch(epoch)
-        published.optimizer.param_groups[0]["lr"] = engine.optimizer.lr
+        published.optimizer.param_groups[0]["lr"] = engine.optimizer.param_groups[0]["lr"]
         for batch in training.batches(epoch):
             engine.step(batch)
             published.step(batch)
     ours, theirs = (robust_accuracy(network) for network in (engine.target, published.target))
-    assert min(ours, theirs) > 0.3  # a guess has 0.1
+    assert min(ours, theirs) > 0.2  # a guess has 0.1
     assert abs(ours - theirs) < 0.06  # of 400 images: 2.5 standard errors of one accuracy
 
 
