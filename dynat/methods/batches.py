@@ -1,7 +1,6 @@
 """The batches of a training and everything random about them: a function of (seed, epoch) alone.
 
-So an epoch is repeated exactly without any loader or generator state, also after a stop, and every process
-of a training draws the same.
+So an epoch is repeated exactly without the state of any loader or generator, and all processes draw alike.
 """
 
 import hashlib
@@ -12,7 +11,7 @@ import torch
 from torch import Tensor
 
 from dynat.config.recipe import Recipe, Train
-from dynat.data.splits import augment, to_unit
+from dynat.data.splits import Splits, augment, to_unit
 from dynat.runtime import distributed
 
 
@@ -25,15 +24,10 @@ class Batch(NamedTuple):
     jitter: Tensor | None  # standard normal [steps,B,C,H,W], only for a recipe with inner.stop.noise
 
 
-def batches(
-    images: Tensor, labels: Tensor, recipe: Recipe, train: Train, seed: int, epoch: int
-) -> Iterator[Batch]:
-    """This process's slices of the batches of ``epoch``; the last, smaller batch is kept, as published.
-
-    ``images`` uint8 [N,C,H,W] and ``labels`` int64 [N] are all training data. Crops and flips are those of
-    the published loaders (docs/methods.md, section 1).
-    """
-    device, inner, count = images.device, recipe.inner, len(images)
+def batches(data: Splits, recipe: Recipe, train: Train, seed: int, epoch: int) -> Iterator[Batch]:
+    """This process's slices of the training batches; the last may be smaller (docs/methods.md, section 1)."""
+    images, labels, inner = data.train_images, data.train_labels, recipe.inner
+    device, count = images.device, len(images)
     small = generator(torch.device("cpu"), seed, epoch, "batches")  # the same on every device
     noise = generator(device, seed, epoch, "noise")
     order = torch.randperm(count, generator=small)

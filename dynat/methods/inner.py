@@ -38,7 +38,7 @@ class InnerMaximisation:
 
         ``labels`` int64 [B] are those of choice 1, ``dynamic`` the guide's (Eq. 3).
         """
-        inner, images = self.recipe.inner, batch.images
+        inner, weights, images = self.recipe.inner, self.recipe.weights, batch.images
         if inner.steps == 0:
             return images, None
         attacked = dynamic if inner.loss == "ce_dynamic" else batch.truth
@@ -48,52 +48,42 @@ class InnerMaximisation:
                 loss = attacks.kl_from(forward(images))
         else:
             loss = attacks.cross_entropy(attacked)  # Eq. 2, or Eq. 7
-        against = labels if self.recipe.weights.against == "label" else batch.truth
-        counter = attacks.CorrectSteps(against) if self.recipe.weights.rule == "gairat" else None
+        if inner.start == "uniform":
+            start = attacks.uniform_start(images, inner.epsilon, batch.start)
+        else:
+            start = attacks.gaussian_start(images, inner.noise, batch.start)
+        against = labels if weights.against == "label" else batch.truth
+        counter = attacks.CorrectSteps(against) if weights.rule == "gairat" else None
         rules = [rule for rule in (counter, early_stop(inner.stop, attacked, epoch)) if rule is not None]
+        moving = (lambda logits: torch.stack([rule(logits) for rule in rules]).all(0)) if rules else None
+        jitter = inner.stop.noise * batch.jitter if inner.stop and batch.jitter is not None else None
+        ball = {"epsilon": inner.epsilon, "step": inner.step}
         adversarial = attacks.ascend(
-            forward,
-            loss,
-            images,
-            self._start(batch),
-            epsilon=inner.epsilon,
-            step=inner.step,
-            steps=inner.steps,
-            moving=(lambda logits: torch.stack([rule(logits) for rule in rules]).all(0)) if rules else None,
-            jitter=inner.stop.noise * batch.jitter if inner.stop and batch.jitter is not None else None,
+            forward, loss, images, start, **ball, steps=inner.steps, moving=moving, jitter=jitter
         )
         if inner.mode == "train":  # the published attack ends with a loss check, which moves the statistics
             with torch.no_grad():
                 forward(adversarial)
         return adversarial, counter.kappa if counter else None
 
-    def _start(self, batch: Batch) -> Tensor:
-        inner = self.recipe.inner
-        if inner.start == "uniform":
-            return attacks.uniform_start(batch.images, inner.epsilon, batch.start)
-        return attacks.gaussian_start(batch.images, inner.noise, batch.start)
-
     def _forward(self) -> attacks.Forward:
         """The target as it is attacked, in the mode that the recipe asks for."""
         self.target.train(self.recipe.inner.mode == "train")
+        if self.folded is not None:
+            self.folded.refresh(self.target)
+            return self.folded
         if self.fold:
-            return self._refreshed()
+            self.folded = Folded(self.target, self.precision)
+            if self.compiled:
+                torch._dynamo.reset()  # its limit of compilations is one for all networks of a process
+                self.folded.network.compile(dynamic=False, fullgraph=True)
+            return self.folded
 
         def forward(x: Tensor) -> Tensor:
             with autocast(x.device, self.precision):
                 return self.target(x)
 
         return forward
-
-    def _refreshed(self) -> Folded:
-        if self.folded is not None:
-            self.folded.refresh(self.target)
-            return self.folded
-        self.folded = Folded(self.target, self.precision)
-        if self.compiled:
-            torch._dynamo.reset()  # its limit of compilations is one for all networks of a process
-            self.folded.network.compile(dynamic=False, fullgraph=True)
-        return self.folded
 
 
 def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextManager[object]:

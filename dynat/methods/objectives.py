@@ -6,6 +6,8 @@ Logits are [B,K] of any float type and are computed on in float32 or wider; labe
 functions return [B].
 """
 
+from typing import NamedTuple
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -42,29 +44,30 @@ def mart_divergence(natural: Tensor, adversarial: Tensor, labels: Tensor) -> Ten
     return kl * (1.0000001 - p_natural.gather(1, labels[:, None]).squeeze(1))
 
 
-def to_guide(adversarial: Tensor, guide: Tensor) -> Tensor:
-    """LBGAT's squared distance to the guide's logits per sample, mean over classes; trains both networks."""
-    return (wide(adversarial) - wide(guide)).square().mean(1)
+class Logits(NamedTuple):
+    """What a loss reads, [B,K] each: None where its objective has no term that does."""
+
+    natural: Tensor | None  # the target's on x
+    adversarial: Tensor  # the target's on x'
+    guide: Tensor | None  # the guide's on x
 
 
 def target_loss(
     objective: Objective,
-    *,
-    natural: Tensor | None,
-    adversarial: Tensor,
-    guide: Tensor | None,
+    logits: Logits,
     truth: Tensor,
     labels: Tensor,
+    *,
     alpha: float = 1.0,
     weights: Tensor | None = None,
     smoothing: float = 0.0,
 ) -> Tensor:
     """Scalar loss of the target, mean over the batch (Eq. 5 and 6; docs/methods.md, section 1).
 
-    ``natural`` and ``adversarial`` are the target's logits on x and x', ``guide`` the guide's on x,
-    ``labels`` the truth or the guide's argmax. ``alpha`` scales the adversarial term alone, as in the
+    ``labels`` are the truth or the guide's argmax. ``alpha`` scales the adversarial term alone, as in the
     published AWP script. ``weights`` [B] multiply the adversarial and the KL term.
     """
+    natural, adversarial, guide = logits
     scale = torch.ones(len(truth), device=truth.device) if weights is None else weights
     loss = torch.zeros((), device=truth.device)
     if objective.natural_ce:
@@ -77,7 +80,7 @@ def target_loss(
             each = boosted_ce(adversarial, labels)
         else:
             assert guide is not None
-            each = to_guide(adversarial, guide)
+            each = (wide(adversarial) - wide(guide)).square().mean(1)  # LBGAT's, which trains both networks
         loss = loss + alpha * (scale * each).mean()
     if objective.beta > 0:
         assert natural is not None
@@ -88,11 +91,12 @@ def target_loss(
 
 
 def instance_weights(
-    rule: Weights, epoch: int, *, kappa: Tensor | None, steps: int, adversarial: Tensor, labels: Tensor
+    rule: Weights, epoch: int, adversarial: Tensor, labels: Tensor, kappa: Tensor | None, steps: int
 ) -> Tensor | None:
     """Weights [B] of the robust terms, without gradient, or None while they are uniform.
 
-    GAIRAT: (1 + tanh(Lambda + 5 (1 - 2 kappa / K))) / 2, brought to mean 1 over the whole batch. MAIL:
+    GAIRAT, of the count kappa of K = ``steps`` iterates at which a sample is classified correctly:
+    (1 + tanh(Lambda + 5 (1 - 2 kappa / K))) / 2, brought to mean 1 over the whole batch. MAIL:
     scale * sigmoid(slope * (margin + bias)) on the probabilities of the training forward, not normalised.
     """
     if rule.rule == "uniform" or epoch < rule.begin:
@@ -101,11 +105,6 @@ def instance_weights(
         assert kappa is not None
         exponent = rule.shift + 5 * (1 - 2 * kappa.to(wide(adversarial).dtype) / steps)
         raw = torch.sigmoid(2 * exponent)  # the same number, without tanh's cancellation near -1
-        count = (
-            distributed.total(torch.tensor(len(raw), device=raw.device))
-            if distributed.size() > 1
-            else len(raw)
-        )
-        return raw * (count / distributed.total(raw.sum()))
+        return raw * (distributed.total(torch.ones_like(raw).sum()) / distributed.total(raw.sum()))
     difficulty = margins(F.softmax(wide(adversarial.detach()), dim=1), labels)
     return rule.scale * torch.sigmoid(rule.slope * (difficulty + rule.bias))

@@ -15,6 +15,7 @@ from dynat.config.recipe import Recipe
 from dynat.methods import objectives
 from dynat.methods.batches import Batch
 from dynat.methods.inner import InnerMaximisation, autocast, latest
+from dynat.methods.objectives import Logits
 from dynat.methods.perturbation import direction, perturbable, perturbed
 from dynat.networks.statistics import effective_momenta, statistics
 from dynat.runtime import distributed
@@ -31,8 +32,8 @@ class StepLosses(NamedTuple):
 class Engine:
     """Target, guide and optimiser of one training, and the recipe that drives them.
 
-    ``precision`` is the type of the matrix products; for ``fold`` and ``compiled`` see
-    :class:`dynat.methods.inner.InnerMaximisation`. Raises ValueError if the recipe lacks its guide.
+    ``precision`` is the type of the matrix products; for ``fold`` and ``compiled`` see InnerMaximisation.
+    Raises ValueError if the recipe lacks its guide.
     """
 
     def __init__(
@@ -47,8 +48,8 @@ class Engine:
         if recipe.needs_guide and guide is None:
             raise ValueError("the recipe needs a guide")
         self.recipe, self.target, self.guide, self.precision = recipe, target, guide, precision
-        self.networks = [target] if guide is None else [target, guide]
-        self.parameters = [parameter for network in self.networks for parameter in network.parameters()]
+        self.networks = {"target": target} | ({} if guide is None else {"guide": guide})
+        self.parameters = [each for network in self.networks.values() for each in network.parameters()]
         self.device = self.parameters[0].device
         self.optimizer = torch.optim.SGD(
             self.parameters,
@@ -81,14 +82,22 @@ class Engine:
 
     def step(self, batch: Batch) -> StepLosses:
         """Train on one batch; returns the losses before the update, those of the whole batch."""
-        truth = batch.truth
+        recipe, truth = self.recipe, batch.truth
         guide_logits = self._forward_guide(batch.images)
         dynamic = truth if guide_logits is None else guide_logits.detach().argmax(1)  # Eq. 3
-        labels = dynamic if self.recipe.labels == "guide" else truth
+        labels = dynamic if recipe.labels == "guide" else truth
         adversarial, kappa = self.inner(batch, labels, dynamic, self.epoch)
         self.target.train()
         with self._weight_perturbation(batch, adversarial, dynamic, guide_logits):
-            target_loss = self._target_loss(batch, adversarial, labels, kappa, guide_logits)
+            logits = Logits(*self._forward_target(batch.images, adversarial), guide_logits)
+            against = labels if recipe.weights.against == "label" else truth
+            weights = objectives.instance_weights(
+                recipe.weights, self.epoch, logits.adversarial, against, kappa, recipe.inner.steps
+            )
+            smoothing = recipe.smoothing.target
+            target_loss = objectives.target_loss(
+                recipe.outer, logits, truth, labels, alpha=recipe.alpha, weights=weights, smoothing=smoothing
+            )
             guide_loss, guide_correct = self._guide_loss(guide_logits, truth)
             self.optimizer.zero_grad()
             (target_loss + guide_loss).backward()  # Eq. 6
@@ -97,7 +106,7 @@ class Engine:
         for _ in range(self.forwards_after):
             with torch.no_grad(), autocast(self.device, self.precision):
                 self.target(batch.images)
-        distributed.share_first(buffer for network in self.networks for buffer in network.buffers())
+        distributed.share_first(buffer for each in self.networks.values() for buffer in each.buffers())
         losses = StepLosses(target_loss.detach(), guide_loss.detach(), distributed.total(guide_correct))
         distributed.average(losses[:2], len(truth))
         return losses
@@ -124,32 +133,6 @@ class Engine:
                 logits[name] = self.target(images if name == "natural" else adversarial)
         return logits.get("natural"), logits[self.order[-1]]
 
-    def _target_loss(
-        self, batch: Batch, adversarial: Tensor, labels: Tensor, kappa: Tensor | None, guide: Tensor | None
-    ) -> Tensor:
-        """Eq. 5 with the instance weights of the epoch; forwards the target."""
-        recipe, truth = self.recipe, batch.truth
-        natural_logits, adversarial_logits = self._forward_target(batch.images, adversarial)
-        weights = objectives.instance_weights(
-            recipe.weights,
-            self.epoch,
-            kappa=kappa,
-            steps=recipe.inner.steps,
-            adversarial=adversarial_logits,
-            labels=labels if recipe.weights.against == "label" else truth,
-        )
-        return objectives.target_loss(
-            recipe.outer,
-            natural=natural_logits,
-            adversarial=adversarial_logits,
-            guide=guide,
-            truth=truth,
-            labels=labels,
-            alpha=recipe.alpha,
-            weights=weights,
-            smoothing=recipe.smoothing.target,
-        )
-
     def _guide_loss(self, logits: Tensor | None, truth: Tensor) -> tuple[Tensor, Tensor]:
         if logits is None:
             zero = torch.zeros((), device=self.device)
@@ -171,13 +154,8 @@ class Engine:
             logits = natural
             if logits is None or objective.reads_adversarial:
                 logits = self.target(adversarial)
-        loss = objectives.target_loss(
-            objective,
-            natural=natural,
-            adversarial=logits,
-            guide=None if guide_logits is None else guide_logits.detach(),
-            truth=batch.truth,
-            labels=dynamic if awp.labels == "guide" else batch.truth,
-        )
+        guide = None if guide_logits is None else guide_logits.detach()
+        labels = dynamic if awp.labels == "guide" else batch.truth
+        loss = objectives.target_loss(objective, Logits(natural, logits, guide), batch.truth, labels)
         parameters = perturbable(self.target)
         return perturbed(parameters, direction(loss, parameters, awp.gamma, len(batch.truth)))

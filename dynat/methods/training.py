@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynat.config.recipe import Recipe, Train
+from dynat.config.recipe import Train
 from dynat.data.splits import Splits, to_unit
 from dynat.errors import DivergedError, UserError
 from dynat.methods import attacks
@@ -39,47 +39,28 @@ class Progress:
 
 
 class Training:
-    """One training of a recipe on a data set, resumable at every epoch's end to the same bits.
+    """One training of a recipe on a data set, resumable; UserError if ``train`` asks for more than there is.
 
-    Raises :class:`UserError`, naming the key of ``train``, where the data are too small for it.
+    ``networks`` are those that it trains, "target" and "guide"; ``precision`` is "fp32" or "bf16".
     """
 
     def __init__(self, engine: Engine, train: Train, data: Splits, seed: int) -> None:
         available, side = len(data.train_images), min(data.train_images.shape[2:])
+        last = available % train.batch or train.batch
         if train.batch > available:
             raise UserError(f"train.batch: {train.batch} is larger than the {available} training images")
         if train.pad >= side:
             raise UserError(f"train.pad: {train.pad} must be below {side}, the side of an image")
-        last = available % train.batch or train.batch
         if last < distributed.size():
-            raise UserError(
-                f"train.batch: with {train.batch} an epoch's last batch has {last} images for "
-                f"{distributed.size()} processes; choose another batch size or fewer processes"
-            )
+            few = f"an epoch's last batch has {last} images for {distributed.size()} processes"
+            raise UserError(f"train.batch: {few}; choose another batch size or fewer processes")
         self.engine, self.train, self.data, self.seed = engine, train, data, seed
-        self.recipe: Recipe = engine.recipe
-        self.progress = Progress()
-
-    @property
-    def precision(self) -> str:
-        """The type of the matrix products, "fp32" or "bf16"."""
-        return "fp32" if self.engine.precision == torch.float32 else "bf16"
-
-    @property
-    def networks(self) -> dict[str, nn.Module]:
-        """The networks that this training trains, by name."""
-        both = {"target": self.engine.target, "guide": self.engine.guide}
-        return {name: network for name, network in both.items() if network is not None}
-
-    @property
-    def batches_per_epoch(self) -> int:
-        """Steps of an epoch."""
-        return -(-len(self.data.train_images) // self.train.batch)
+        self.recipe, self.networks, self.progress = engine.recipe, engine.networks, Progress()
+        self.precision = "fp32" if engine.precision == torch.float32 else "bf16"
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, a function of (seed, epoch) alone; this process's slice of each."""
-        data = self.data
-        return batches(data.train_images, data.train_labels, self.recipe, self.train, self.seed, epoch)
+        return batches(self.data, self.recipe, self.train, self.seed, epoch)
 
     def run(
         self,
@@ -93,60 +74,61 @@ class Training:
         batches and their number, for a progress bar. Raises :class:`DivergedError` on a loss that is not
         finite, and on a target that has collapsed to chance.
         """
+        count = math.ceil(len(self.data.train_images) / self.train.batch)
         while self.progress.epoch < self.recipe.schedule.epochs:
             losses = []
             self.engine.set_epoch(self.progress.epoch)
-            for batch in watch(self.batches(self.progress.epoch), self.batches_per_epoch):
+            for batch in watch(self.batches(self.progress.epoch), count):
                 losses.append(self.engine.step(batch))
                 if stopped():
                     return False
-            row = self._close_epoch(losses)
-            after_epoch(row)
+            after_epoch(self._close_epoch(losses))
         return True
 
     def _close_epoch(self, losses: list[StepLosses]) -> Row:
         progress = self.progress
-        target_losses, guide_losses = self._read(losses)
-        traced = zip(target_losses, guide_losses, strict=True)
-        new = [{"target_loss": of_target, "guide_loss": of_guide} for of_target, of_guide in traced]
-        progress.trace += new[: max(0, TRACED_STEPS - len(progress.trace))]
+        steps = self._read(losses)
+        progress.trace += steps[: max(0, TRACED_STEPS - len(progress.trace))]
         row = {
             "epoch": progress.epoch,
             "lr": self.engine.optimizer.param_groups[0]["lr"],
-            "target_loss": sum(target_losses) / len(losses),
+            "target_loss": sum(step["target_loss"] for step in steps) / len(steps),
             **self._accuracies(),
         }
         if self.engine.guide is not None:
-            correct = torch.stack([step.guide_correct for step in losses]).sum().item()
-            row["guide_loss"] = sum(guide_losses) / len(losses)
+            correct = torch.stack([each.guide_correct for each in losses]).sum().item()
+            row["guide_loss"] = sum(step["guide_loss"] for step in steps) / len(steps)
             row["guide_train"] = 100 * correct / len(self.data.train_images)
         self._refuse_collapse(row)
         progress.history.append(row)
         if self._is_best(row):
             progress.best_epoch = progress.epoch
-            progress.best = {name: _copy(network) for name, network in self.networks.items()}
+            progress.best = {
+                name: {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
+                for name, network in self.networks.items()
+            }
         progress.epoch += 1
         return row
 
-    def _read(self, losses: list[StepLosses]) -> tuple[list[float], list[float]]:
-        """The losses of an epoch's steps, of target and guide; refuses what is not finite."""
-        epoch = self.progress.epoch
-        target_losses = torch.stack([step.target_loss for step in losses]).tolist()
-        guide_losses = torch.stack([step.guide_loss for step in losses]).tolist()
-        for step, pair in enumerate(zip(target_losses, guide_losses, strict=True)):
-            if not all(map(math.isfinite, pair)):
-                where = f"in epoch {epoch}, step {step} (target {pair[0]}, guide {pair[1]})"
+    def _read(self, losses: list[StepLosses]) -> list[Row]:
+        """The losses of an epoch's steps; refuses what is not finite."""
+        epoch, names = self.progress.epoch, ("target_loss", "guide_loss")
+        columns = [torch.stack([getattr(step, name) for step in losses]).tolist() for name in names]
+        rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
+        for step, row in enumerate(rows):
+            if not all(map(math.isfinite, row.values())):
+                where = f"in epoch {epoch}, step {step}: {row}"
                 raise DivergedError(f"the loss is not finite {where}; lower the learning rate")
         for name, network in self.networks.items():  # the last step's loss was before its update
             if not all(weights.isfinite().all() for weights in network.parameters()):
                 where = f"of the {name} is not finite after epoch {epoch}"
                 raise DivergedError(f"a weight {where}; lower the learning rate")
-        return target_losses, guide_losses
+        return rows
 
     def _refuse_collapse(self, row: Row) -> None:
-        """Raise if the target has long been no better than a constant prediction on training images.
+        """Raise if the target was no better than a constant prediction for a fifth of all epochs, and ten.
 
-        Long is a fifth of all epochs, and ten: the first epochs of a sound training may look like that.
+        The first epochs of a sound training may look like that.
         """
         patience = max(PATIENCE, math.ceil(PATIENT_SHARE * self.recipe.schedule.epochs))
         recent = [*self.progress.history, row][-patience:]
@@ -171,18 +153,16 @@ class Training:
 
     def _accuracies(self) -> Row:
         """Accuracies in percent after the epoch, all in eval mode; the test set is only looked at."""
-        data, target = self.data, self.engine.target
-        count = len(data.test_images)
-        row = {
-            "train_clean": self._accuracy(target, data.train_images[:count], data.train_labels[:count]),
-            "test_clean": self._accuracy(target, data.test_images, data.test_labels),
-        }
-        if self.engine.guide is not None:
-            row["guide_test"] = self._accuracy(self.engine.guide, data.test_images, data.test_labels)
+        data, target, guide = self.data, self.engine.target, self.engine.guide
+        held_out = (data.validation_images, data.validation_labels)
+        test = (data.test_images, data.test_labels)
+        seen = (data.train_images[: len(test[0])], data.train_labels[: len(test[0])])
+        row = {"train_clean": self._accuracy(target, *seen), "test_clean": self._accuracy(target, *test)}
+        if guide is not None:
+            row["guide_test"] = self._accuracy(guide, *test)
         if len(data.validation_images):
-            images, labels = data.validation_images, data.validation_labels
-            row["validation_clean"] = self._accuracy(target, images, labels)
-            row["validation_robust"] = self._accuracy(target, images, labels, attacked=True)
+            row["validation_clean"] = self._accuracy(target, *held_out)
+            row["validation_robust"] = self._accuracy(target, *held_out, attacked=True)
         return row
 
     def _accuracy(self, network: nn.Module, images: Tensor, labels: Tensor, attacked: bool = False) -> float:
@@ -196,15 +176,9 @@ class Training:
                 continue
             x = to_unit(part)
             if start is not None:  # PGD of the recipe's radius; a fixed start makes epochs comparable
-                x = attacks.ascend(
-                    network,
-                    attacks.cross_entropy(truth),
-                    x,
-                    attacks.uniform_start(x, epsilon, start),
-                    epsilon=epsilon,
-                    step=epsilon / 4,
-                    steps=self.train.validation_steps,
-                )
+                loss, start = attacks.cross_entropy(truth), attacks.uniform_start(x, epsilon, start)
+                steps = self.train.validation_steps
+                x = attacks.ascend(network, loss, x, start, epsilon=epsilon, step=epsilon / 4, steps=steps)
             with torch.no_grad():
                 correct += (network(x).argmax(1) == truth).sum()
         return 100 * distributed.total(correct).item() / len(images)
@@ -224,11 +198,8 @@ class Training:
         self.engine.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
 
-    def write(self, folder: Path, built: Mapping[str, str]) -> None:
-        """Write the finished training as ``folder``, which is there whole or not at all.
-
-        ``built`` tells for each network how :func:`dynat.networks.architectures.build` builds it, in JSON.
-        """
+    def write(self, folder: Path, options: Mapping[str, str]) -> None:
+        """Write ``folder``, which is there whole or not at all, with each network's ``options`` for build."""
         progress = self.progress
         partial = folder.with_name(f".{folder.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
@@ -237,13 +208,9 @@ class Training:
                 ("", progress.best[name], progress.best_epoch),
                 (".last", network.state_dict(), progress.epoch - 1),
             ):
-                metadata = {"network": built[name], "epoch": str(epoch), "precision": self.precision}
+                metadata = {"network": options[name], "epoch": str(epoch), "precision": self.precision}
                 save_weights(partial / f"{name}{suffix}.safetensors", weights, metadata)
         write_csv(partial / "history.csv", progress.history)
         write_csv(partial / "trace.csv", progress.trace)
         shutil.rmtree(folder, ignore_errors=True)
         partial.rename(folder)
-
-
-def _copy(network: nn.Module) -> State:
-    return {name: value.detach().cpu().clone() for name, value in network.state_dict().items()}
