@@ -86,8 +86,12 @@ def test_a_compiled_inner_loop_gives_the_same_weights_also_on_a_smaller_last_bat
 @pytest.mark.slow
 def test_compiled_in_bfloat16_a_network_has_the_logits_and_gradients_that_it_has_uncompiled() -> None:
     torch.manual_seed(0)
-    network = build("wrn", 5, 3, depth=10, widen=1).eval()
-    x = torch.rand(64, 3, 8, 8, requires_grad=True)
+    network = build("wrn", 5, 3, depth=10, widen=1, sub_block1=True).double()
+    with torch.no_grad():
+        for key, value in network.state_dict().items():  # batch norms that are anything but the identity
+            if value.ndim == 1 and value.is_floating_point():
+                value.copy_(torch.rand_like(value) + (0.1 if "var" in key else -0.3))
+    network, x = network.float().eval(), torch.rand(64, 3, 8, 8, requires_grad=True)
     folded, compiled = mixed(network), mixed(network)
     counters.clear()
     torch._dynamo.reset()
@@ -97,8 +101,9 @@ def test_compiled_in_bfloat16_a_network_has_the_logits_and_gradients_that_it_has
         logits = copied(x)
         return logits.detach(), torch.autograd.grad(logits.square().sum(), x)[0]
 
-    (mine, gradient), (own, exact) = logits_and_gradient(compiled), logits_and_gradient(folded)
-    assert (mine - own).norm() < 0.05 * own.norm()
-    apart = (gradient - exact).flatten(1).norm(dim=1) / exact.flatten(1).norm(dim=1)
-    assert apart.median() < 0.03  # of an ordinary sample: where rounding turns a ReLU, it is far off
+    for mine, own in zip(logits_and_gradient(compiled), logits_and_gradient(folded), strict=True):
+        apart = (mine - own).flatten(1).norm(dim=1) / own.flatten(1).norm(dim=1)
+        assert apart.median() < 0.03  # of an ordinary sample: where rounding turns a ReLU, it is far off
+        if own.ndim == 2:
+            assert (mine - own).norm() < 0.05 * own.norm()
     assert counters["stats"]["unique_graphs"] == 1
