@@ -1,42 +1,48 @@
 """The commit in which an entry of ``dvc.lock`` appeared, and whether its code was committed as it ran."""
 
-import hashlib
+import io
+import json
 import re
 import subprocess
+import sys
+import tarfile
 from collections import defaultdict
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 from pathlib import Path
+from tempfile import TemporaryDirectory
+from typing import Any
 
-from dynat.audit.lineage import Lineage, tree_hash
+from dvc.fs import GitFileSystem
+
+from dynat.audit.lineage import CODE, Lineage, content, hash_of, listed
 from dynat.audit.link import Link, absent, broken, good, some
 from dynat.runtime.lock import LOCK, locked
 
-AT_ONCE = 32  # revisions of dvc.lock in memory
-EXPERIMENT = re.compile(r"^(\w+) (refs/exps/[0-9a-f]{2}/[0-9a-f]{38}/.+)$", re.MULTILINE)
 ENTRY = re.compile(r"^  (\S.*?):\n((?:    .*\n|\n)*)", re.MULTILINE)
+CLOSURE = Path(__file__).parents[1] / "runtime/closure.py"
 
 
 def commits(lineage: Lineage, stages: Iterable[str]) -> list[Link]:
-    """A link per commit that brought an entry of ``stages``, or per way in which its code differs from it."""
+    """A link per commit that brought an entry of ``stages``: whether the code that ran was committed."""
     root = lineage.root
-    entries = _entries((root / LOCK).read_text(encoding="utf-8")) if (root / LOCK).exists() else {}
+    entries = _entries((root / LOCK).read_bytes()) if (root / LOCK).exists() else {}
     wanted = {name: entries[name] for name in stages if name in entries and name in lineage.lock}
     if not wanted:
         return []
     if _git(root, "rev-parse", "--verify", "HEAD") is None:
         return [absent("commit", LOCK, "there is no commit yet", "commit dvc.lock and metrics together")]
     found, oldest = _appeared(root, wanted)
-    cut = (_git(root, "rev-parse", "--is-shallow-repository") or b"").strip() == b"true"
+    cut = oldest if _git(root, "rev-parse", "--is-shallow-repository") == b"true\n" else set()
     by_commit: dict[str, list[str]] = defaultdict(list)
     for name, commit in found.items():
-        if not (cut and name in oldest):
+        if name not in cut:
             by_commit[commit].append(name)
-    links = [link for commit, names in by_commit.items() for link in _clean(lineage, commit, names)]
-    if cut and oldest:
-        text = f"this clone's history is cut before the entries of {some(sorted(oldest))} appeared"
+    links = [_clean(lineage, commit, names) for commit, names in by_commit.items()]
+    if cut:
+        text = f"this clone's history is cut before the entries of {some(sorted(cut))} appeared"
         links.append(absent("commit", LOCK, text, "run git fetch --unshallow"))
     apart = {name: entry for name, entry in wanted.items() if name not in found}
-    experiments = _experiments(root, apart) if apart else {}
+    experiments = _experiments(lineage, apart) if apart else {}
     links += [good("commit", name, f"from the experiment {each}") for name, each in experiments.items()]
     if nowhere := sorted(apart.keys() - experiments.keys()):
         text = f"in no commit are the entries of {some(nowhere)}"
@@ -51,102 +57,94 @@ def _appeared(root: Path, wanted: dict[str, str]) -> tuple[dict[str, str], set[s
     """
     listed = (_git(root, "log", "--first-parent", "--format=%H", "--", LOCK) or b"").decode().split()
     found: dict[str, str] = {}
-    open_names = set(wanted)
+    waiting = set(wanted)
     for commit, then in _locks(root, listed):  # the newest first
-        for name in sorted(open_names):
-            if then.get(name) == wanted[name]:
-                found[name] = commit
-            else:
-                open_names.discard(name)
-        if not open_names:
+        waiting = {name for name in sorted(waiting) if then.get(name) == wanted[name]}
+        if not waiting:
             break
-    return found, open_names & found.keys()
+        found |= dict.fromkeys(sorted(waiting), commit)
+    return found, waiting
 
 
-def _clean(lineage: Lineage, commit: str, names: list[str]) -> list[Link]:
-    """Whether each file of code that the stages ran with was committed with them."""
-    hashes: dict[str, str] = {}
-    for name in names:
-        outputs = (*lineage.producers, *lineage.locked_outs)
-        hashes |= {
-            path: md5
-            for path, md5 in locked(lineage.lock[name], "deps").items()
-            if path not in outputs and not any(out.startswith(f"{path}/") for out in outputs)
-        }
-    then = _at_commit(lineage.root, commit, list(hashes))
-    wrong = [path for path, md5 in hashes.items() if then.get(path) != md5]
+def _experiments(lineage: Lineage, wanted: dict[str, str]) -> dict[str, str]:
+    """Stage -> name and commit of the experiment whose ``dvc.lock`` holds its entry."""
+    from dvc.repo.experiments.utils import exp_refs  # takes its time, and is seldom needed
+
+    scm = lineage.repo.scm
+    names = {scm.get_ref(str(ref)): ref.name for ref in exp_refs(scm)}
+    return {
+        stage: f"{names[commit]} ({commit[:10]})"
+        for commit, then in _locks(lineage.root, names)
+        for stage, entry in wanted.items()
+        if then.get(stage) == entry
+    }
+
+
+def _locks(root: Path, commits: Iterable[str]) -> Iterator[tuple[str, dict[str, str]]]:
+    """Each commit and the entries of its ``dvc.lock``, from one Git process."""
+    command = ["git", "cat-file", "--batch"]
+    with subprocess.Popen(command, cwd=root, stdin=subprocess.PIPE, stdout=subprocess.PIPE) as git:
+        assert git.stdin
+        assert git.stdout
+        for commit in commits:
+            git.stdin.write(f"{commit}:{LOCK}\n".encode())
+            git.stdin.flush()
+            *_, size = git.stdout.readline().split()
+            lock = b"" if size == b"missing" else git.stdout.read(int(size) + 1)[:-1]
+            yield commit, _entries(lock)
+
+
+def _entries(lock: bytes) -> dict[str, str]:
+    """Stage -> its lines in a ``dvc.lock``."""
+    return dict(ENTRY.findall(lock.decode()))
+
+
+# ------------------------------------------------------------------------------------- the code at a commit
+
+
+def _clean(lineage: Lineage, commit: str, names: list[str]) -> Link:
+    """Whether each file of code, and each module that a closure lists, was committed with the stages."""
+    files = GitFileSystem(scm=lineage.repo.scm, rev=commit)
+    made = {*lineage.producers, *lineage.locked_outs}
+    ran: dict[str, str] = {
+        path: md5
+        for name in names
+        for path, md5 in locked(lineage.lock[name], "deps").items()
+        if path.startswith(CODE) or not any(out == path or out.startswith(f"{path}/") for out in made)
+    }
+    then = {path: hash_of(content(files, f"/{path}")) for path in ran}
+    now = {path: lineage.hash(path) for path in ran}
+    closures = [path for path in ran if path.startswith(CODE) and ran[path] == then[path]]
+    again = _closures(lineage.root, commit) if closures else {}
+    for path in closures:
+        ran |= listed(json.loads(files.open(f"/{path}", "rb").read()), path)
+        then |= listed(again.get(Path(path).stem, {}), path)
+        now |= lineage.closure(path)
     when = (_git(lineage.root, "log", "-1", "--format=%cs", commit) or b"").decode().strip()
     subject = f"commit {commit[:10]} ({when})"
-    if wrong:
+    if wrong := [name for name in dict.fromkeys([*ran, *then]) if ran.get(name) != then.get(name)]:
         text = f"{some(wrong)} differ from what {some(names, 2)} ran with: the tree was not clean"
-        return [broken("commit", subject, text, "commit code and dvc.lock together, after dvc repro")]
-    text = f"brought {some(names, 2)}; tree clean, its {len(hashes)} code files are those that ran"
-    details = [f"{path}: {md5} then, {lineage.hash(path)} now" for path, md5 in hashes.items()]
-    return [good("commit", subject, text, details)]
+        return broken("commit", subject, text, "commit code and dvc.lock together, after dvc repro")
+    count = len({name.rpartition(" ")[2] for name in ran})
+    text = f"brought {some(names, 2)}; tree clean, its {count} code files are those recorded"
+    return good("commit", subject, text, [f"{name}: {ran[name]} then, {now.get(name)} now" for name in ran])
 
 
-def _at_commit(root: Path, commit: str, paths: list[str]) -> dict[str, str]:
-    """Path -> DVC's hash of files and folders as they were at a commit."""
-    listed = (_git(root, "ls-tree", "-r", "-z", commit, "--", *paths) or b"").decode().split("\0")
-    blobs = {line.split("\t", 1)[1]: line.split()[2] for line in listed if line}
-    contents = _blobs(root, list(blobs.values()))
-    md5 = {
-        path: hashlib.md5(contents[blob], usedforsecurity=False).hexdigest() for path, blob in blobs.items()
-    }
-    found = {}
-    for path in paths:
-        below = {
-            name.removeprefix(f"{path}/"): each for name, each in md5.items() if name.startswith(f"{path}/")
-        }
-        if path in md5 or below:
-            found[path] = md5[path] if path in md5 else tree_hash(below)
-    return found
+def _closures(root: Path, commit: str) -> dict[str, Any]:
+    """Stage -> closure of the code at a commit, computed anew; none if there is no such code."""
+    archive = _git(root, "archive", commit, "dynat", "stages")
+    with TemporaryDirectory() as folder:
+        if archive:
+            with tarfile.open(fileobj=io.BytesIO(archive)) as tree:
+                tree.extractall(folder, filter="data")
+        command = [sys.executable, "-P", str(CLOSURE), folder]
+        done = subprocess.run(command, cwd=folder, capture_output=True)
+    return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
 
 
-def _blobs(root: Path, names: list[str]) -> dict[str, bytes]:
-    """Git object, as a hash or commit:path -> its content; without those that do not exist."""
-    output = _git(root, "cat-file", "--batch", stdin="".join(f"{n}\n" for n in names).encode()) or b""
-    found, place = {}, 0
-    for name in names:
-        start = output.find(b"\n", place) + 1
-        head = output[place:start].split()
-        place = start
-        if head[-1:] != [b"missing"]:
-            size = int(head[-1])
-            found[name] = output[start : start + size]
-            place += size + 1
-    return found
-
-
-def _locks(root: Path, revisions: Sequence[str]) -> Iterator[tuple[str, dict[str, str]]]:
-    """Each commit and the entries of its ``dvc.lock``; several at once, as each Git call takes time."""
-    for start in range(0, len(revisions), AT_ONCE):
-        batch = revisions[start : start + AT_ONCE]
-        contents = _blobs(root, [f"{commit}:{LOCK}" for commit in batch])
-        for commit in batch:
-            yield commit, _entries(contents.get(f"{commit}:{LOCK}", b"").decode())
-
-
-def _experiments(root: Path, wanted: dict[str, str]) -> dict[str, str]:
-    """Stage -> name and commit of the experiment whose ``dvc.lock`` holds its entry."""
-    refs = (_git(root, "for-each-ref", "--format=%(objectname) %(refname)", "refs/exps") or b"").decode()
-    names = {commit: name.rsplit("/", 1)[1] for commit, name in EXPERIMENT.findall(refs)}
-    found: dict[str, str] = {}
-    for commit, then in _locks(root, list(names)):
-        for stage, entry in wanted.items():
-            if then.get(stage) == entry:
-                found.setdefault(stage, f"{names[commit]} ({commit[:10]})")
-    return found
-
-
-def _entries(text: str) -> dict[str, str]:
-    """Stage -> its lines in a ``dvc.lock``."""
-    return dict(ENTRY.findall(text))
-
-
-def _git(root: Path, *arguments: str, stdin: bytes = b"") -> bytes | None:
+def _git(root: Path, *arguments: str) -> bytes | None:
     try:
-        done = subprocess.run(["git", *arguments], cwd=root, input=stdin, capture_output=True)
+        done = subprocess.run(["git", *arguments], cwd=root, capture_output=True)
     except OSError:  # no git
         return None
     return done.stdout if done.returncode == 0 else None

@@ -1,18 +1,22 @@
-"""One checked link of the chain from a printed number to its origin."""
+"""One checked step of the chain from a printed number to its origin."""
 
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Literal
 
-State = Literal["good", "broken", "absent"]
-MARKS: dict[State, str] = {"good": "✓", "broken": "✗", "absent": "–"}
+State = Literal["good", "accepted", "broken", "absent"]
+MARKS: dict[State, str] = {"good": "✓", "accepted": "≈", "broken": "✗", "absent": "–"}
 
 
 @dataclass(frozen=True)
 class Link:
-    """``absent``: it could not be checked here, or is worth knowing; only ``broken`` fails an audit."""
+    """A step, good or not; of the states only ``broken`` fails an audit.
 
-    kind: str  # printed, tables, chain, commit, circumstances, evidence, replay
+    ``accepted``: this code was proved equal and not run; ``absent``: it could not be checked here, or is
+    worth knowing.
+    """
+
+    kind: str  # printed, tables, chain, commit, circumstances, accepted, evidence, replay
     subject: str  # what was looked at: a file, a stage
     state: State
     text: str
@@ -22,9 +26,11 @@ class Link:
     @property
     def line(self) -> str:
         """The link as it is printed."""
-        return f"{MARKS[self.state]} {self.subject}: {self.text}" + (
-            f"; {self.advice}" if self.advice else ""
-        )
+        advice = f"; {self.advice}" if self.advice else ""
+        return f"{MARKS[self.state]} {self.subject}: {self.text}{advice}"
+
+
+Audited = dict[str, list[Link]]  # cell -> its links
 
 
 def good(kind: str, subject: str, text: str, details: Iterable[str] = ()) -> Link:
@@ -51,3 +57,8 @@ def some(names: Iterable[str], most: int = 3) -> str:
     """The first few names, and how many more."""
     each = list(names)
     return ", ".join(each[:most]) + (f" and {len(each) - most} more" if len(each) > most else "")
+
+
+def one_line(error: Exception, most: int = 150) -> str:
+    """The message of an error on one line."""
+    return " ".join(str(error).split())[:most]

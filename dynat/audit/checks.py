@@ -1,0 +1,85 @@
+"""The links of each cell, from its text down to the commit; a link that several cells share is made once."""
+
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from functools import cache, partial
+
+from dynat.audit.circumstances import circumstances
+from dynat.audit.history import commits
+from dynat.audit.lineage import CODE, Lineage
+from dynat.audit.link import Audited, Link, absent, broken, one_line
+from dynat.audit.printed import Printed, Source
+from dynat.audit.selection import kind_and_run, stages_behind
+from dynat.errors import UserError
+from dynat.runtime.files import read_json
+from dynat.runtime.lock import locked
+from dynat.runtime.machine import pin
+
+TABLES = "all tables"  # not a cell: what concerns all of them
+
+
+def audit(printed: Printed, lineage: Lineage, keys: Iterable[str], whole: bool = False) -> Audited:
+    """Links 1 to 4 of each cell; ``whole`` adds an item for the tables and for stages behind no cell."""
+    behind = {key: stages_behind(printed, lineage, key) for key in keys}
+    stages = dict.fromkeys(stage for chain, _ in behind.values() for stage in chain)
+    if whole:
+        stages |= dict.fromkeys(stage for stage in lineage.stages if lineage.left_something(stage))
+    history, record = commits(lineage, stages), cache(partial(circumstances, printed.root))
+    found: Audited = {}
+    for key, (chain, missing) in behind.items():
+        links = [*printed.check(key), *missing]
+        links += [link for stage in chain for link in lineage.check(stage)]
+        links += [] if whole else history
+        for source in [] if missing else printed.sources(key):
+            links += [link for at in _runs(printed, lineage, source) for link in record(*at)]
+        found[key] = list(dict.fromkeys(links))
+    if whole:
+        chained = [link for stage in stages for link in lineage.check(stage)]
+        found[TABLES] = [*printed.tables(), *chained, *lineage.never_run(stages), *history]
+    return found
+
+
+def _runs(printed: Printed, lineage: Lineage, source: Source) -> Iterator[tuple[str, str, str, str]]:
+    """Stage, run, weights and code of the training and of the evaluation behind a source."""
+    kind, run = kind_and_run(source)
+    try:  # SHA-256 of the weights that the metrics are of; empty if they are unreadable or do not say
+        model = str((read_json(printed.root, source["file"]) or {}).get("model_sha256", ""))
+    except UserError:
+        model = ""
+    for stage, output in (("train", f"models/{run}"), (kind, source["file"])):
+        entry = lineage.lock.get(lineage.producers.get(output, ""), {})
+        yield stage, run, model, locked(entry, "deps").get(f"{CODE}{stage}.json", "")
+
+
+def add_evidence(printed: Printed, found: Audited, deep: bool, steps: int) -> None:
+    """Links 5 and 6: what the stored outputs prove, where the CPU is pinned as it was for them."""
+    if not (deep or steps):
+        return
+    if "torch" not in sys.modules:
+        study, settings = printed.params.study, [key.split("/")[0] for key in found]
+        pin(study[next((each for each in settings if each in study), printed.params.settings[0])].machine)
+    from dynat.audit.evidence import replay, witness
+
+    done: dict[tuple[str, ...], list[Link]] = {}
+    for key, links in found.items():
+        for source in printed.cells.get(key, {}).get("sources", ()):
+            _, run = kind_and_run(source)
+            wanted: dict[tuple[str, ...], Callable[[], list[Link]]] = {}
+            if deep:
+                verdict = (source["file"], source["checkpoint"], source["attack"])
+                wanted[verdict] = partial(witness, printed, source)
+            if steps:
+                wanted[(run,)] = partial(replay, printed, run, steps)
+            for at, check in wanted.items():
+                if at not in done:
+                    done[at] = _attempt(at[0], check)
+                links += [link for link in done[at] if link not in links]
+
+
+def _attempt(subject: str, check: Callable[[], list[Link]]) -> list[Link]:
+    try:
+        return check()
+    except UserError as error:
+        return [absent("evidence", subject, str(error))]
+    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+        return [broken("evidence", subject, f"does not fit together ({one_line(error)})", "run dvc repro")]

@@ -1,0 +1,84 @@
+"""Which cells a word on the command line means, and the stages behind a cell."""
+
+import difflib
+import os
+import re
+import sys
+from typing import Any
+
+from dynat.audit.lineage import Lineage
+from dynat.audit.link import Link, broken
+from dynat.audit.printed import CELLS, Printed, Source
+from dynat.errors import UserError
+from dynat.paper.comparison import command
+from dynat.paper.published import TITLES, rows
+from dynat.paper.tables import name
+
+NUMBER = r"[-+]?\d+(?:\.\d+)?"
+
+
+def kind_and_run(source: Source) -> tuple[str, str]:
+    """The stage that measured a source, as attack or autoattack, and its ``setting/method/seed``."""
+    _, kind, run = source["file"].removesuffix(".json").split("/", 2)
+    return kind, run
+
+
+def stages_behind(printed: Printed, lineage: Lineage, key: str) -> tuple[list[str], list[Link]]:
+    """The stages behind a cell, the first to run first, and a broken link for each source without one."""
+    chain: dict[str, None] = {}
+    missing = []
+    try:
+        for file in (source[name] for source in printed.sources(key) for name in ("file", "verdicts")):
+            if file in lineage.producers:
+                chain |= dict.fromkeys(lineage.chain(lineage.producers[file]))
+            else:
+                missing.append(broken("chain", file, "no stage of dvc.yaml writes it", "run dvc repro"))
+    except (KeyError, TypeError):
+        missing.append(broken("printed", key, "its sources are not as tabulate writes them", "run dvc repro"))
+    return [*chain, "tabulate"], missing
+
+
+def select(printed: Printed, lineage: Lineage, wanted: str) -> list[str]:
+    """The cells that are, print or come from ``wanted``; :class:`UserError` if there is none."""
+    if wanted in printed.cells:
+        return [wanted]
+    if below := [key for key in printed.cells if key.startswith(f"{wanted.rstrip('/')}/")]:
+        return below
+    path = os.path.relpath(wanted) if os.path.isabs(wanted) else os.path.normpath(wanted)
+    keys = [key for key, cell in printed.cells.items() if _prints(cell, path, wanted)]
+    if not keys and (stages := lineage.behind(path)):
+        keys = [key for key in printed.cells if stages & {*stages_behind(printed, lineage, key)[0]}]
+        if path.startswith("metrics/tables/"):
+            print(f"{path} prints no number of ours; the cells of the stage that wrote it:", file=sys.stderr)
+    if not keys:
+        raise UserError(f"{wanted}: {_published(printed, wanted) or _near(printed, wanted)}")
+    return keys
+
+
+def _prints(cell: dict[str, Any], path: str, wanted: str) -> bool:
+    numbers = map(float, re.findall(NUMBER, cell.get("text", "")))
+    number = re.fullmatch(NUMBER, wanted) is not None and float(wanted) in numbers  # 42 is 42.00
+    return number or path in cell.get("tables", ()) or wanted == cell.get("text")
+
+
+def _published(printed: Printed, wanted: str) -> str | None:
+    """What the paper has there, whether or not its row was run."""
+    for row in rows():
+        for column, value in row.values.items():
+            key = f"{row.key}/{column}"
+            if wanted not in (row.key, key, value.text):
+                continue
+            where = f"{TITLES[row.table].split(':')[0]}, {row.method}, {name(column)}"
+            if key in printed.cells:
+                return f"is the paper's own ({where}); ours is {key} = {printed.cells[key]['text']}"
+            return f"not reproduced here; the paper has {value.text} ({where}); {command([row])} runs it"
+    return None
+
+
+def _near(printed: Printed, wanted: str) -> str:
+    """A hint at a slip."""
+    runs = {key.rpartition("/")[0] for key in printed.cells}
+    known = {key.lower(): key for key in (*printed.cells, *runs)}
+    near = difflib.get_close_matches(wanted.lower(), known, 1, 0.8)
+    hint = f"did you mean {known[near[0]]}?" if near else f"{CELLS} has all {len(printed.cells)}"
+    return f"no such cell, file or number; {hint}"
