@@ -163,7 +163,7 @@ class Lineage:
             elif ran[path] not in now:
                 yield broken("chain", name, text, RERUN)
 
-    def _gathered(self, folder: str) -> Iterator[str]:
+    def _gathered(self, folder: str) -> Iterator[str | None]:
         """The hashes that a folder has by the outputs in it, none if a listing is not at hand.
 
         Files beside them, and outputs of stages no longer selected, count where they are at hand.
