@@ -1,21 +1,23 @@
 """What someone could change after a run, for the tests of the audit."""
 
+import hashlib
 import json
 import shutil
 import sqlite3
-import subprocess
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
 from typing import Any
 
+import torch
 import yaml
+from pipelines import commit
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 CELL = "digits/pgd_at/0/pgd20"
 ATTACK = "metrics/attack/digits/pgd_at/0"
-GIT = ["git", "-c", "user.name=test", "-c", "user.email=test@example.org"]
+CLOSURE = "metrics/code/train.json"
 
 
 def flip(path: Path) -> None:
@@ -104,15 +106,44 @@ def stage_never_run(folder: Path) -> None:
     path.write_text(yaml.safe_dump(found, sort_keys=False))
 
 
-def code_after_commit(folder: Path) -> None:
-    """Ran with an edit that the commit does not have, and then undone."""
+def closure_recorded(folder: Path, edit: Callable[[dict[str, str]], object]) -> None:
+    """Edit the modules that the training's closure lists, with dvc.lock to match, and commit it."""
+    content = json.loads((folder / CLOSURE).read_text())
+    edit(content["modules"])
+    text = json.dumps(content, indent=1) + "\n"
+    (folder / CLOSURE).write_text(text)
     found = yaml.safe_load((folder / "dvc.lock").read_text())
     for entry in found["stages"].values():
-        for dep in entry["deps"]:
-            if dep["path"] == "dynat/methods/step.py":
-                dep["md5"] = "1" * 32
+        for each in (*entry["deps"], *entry["outs"]):
+            if each["path"] == CLOSURE:
+                each["md5"] = hashlib.md5(text.encode()).hexdigest()
     (folder / "dvc.lock").write_text(yaml.safe_dump(found, sort_keys=False))
-    subprocess.run([*GIT, "commit", "-qam", "tampered"], cwd=folder, check=True)
+    commit(folder, "tampered")
+
+
+def code_after_commit(folder: Path) -> None:
+    """Ran with an edit that the commit does not have, and then undone."""
+    closure_recorded(folder, lambda modules: modules.update({"dynat.methods.step": "1" * 64}))
+
+
+def module_left_out(folder: Path) -> None:
+    closure_recorded(folder, lambda modules: modules.pop("dynat.methods.step"))
+
+
+def closure_of_other_code(folder: Path) -> None:
+    """The code has another meaning since, and check has run again."""
+
+    def edit(entry: dict[str, Any]) -> None:
+        (out,) = (each for each in entry["outs"] if each["path"] == CLOSURE)
+        out["md5"] = "0" * 32
+
+    locked(folder, "check", edit)
+
+
+def entry(folder: Path, stage: str, kind: str, path: str) -> dict[str, Any]:
+    """What dvc.lock says of a dependency or an output ("deps", "outs") of a stage."""
+    found = yaml.safe_load((folder / "dvc.lock").read_text())["stages"][stage][kind]
+    return next(dict(each) for each in found if each["path"] == path)
 
 
 def locked(folder: Path, stage: str, edit: Callable[[dict[str, Any]], None]) -> None:
@@ -124,7 +155,7 @@ def locked(folder: Path, stage: str, edit: Callable[[dict[str, Any]], None]) -> 
 
 def lock_without_dependency(folder: Path) -> None:
     def edit(entry: dict[str, Any]) -> None:
-        entry["deps"] = [dep for dep in entry["deps"] if dep["path"] != "dynat/methods/step.py"]
+        entry["deps"] = [dep for dep in entry["deps"] if dep["path"] != CLOSURE]
 
     locked(folder, "train_baseline@digits-pgd_at-0", edit)
 
@@ -168,6 +199,14 @@ def witness(folder: Path, edit: Callable[[dict[str, Tensor], str, Tensor], None]
     assert len(natural) > 1, "the run has nothing to tamper with"
     edit(tensors, prefix, natural.float() / 255)
     save_file(tensors, path)
+
+
+def witness_outside_the_ball(folder: Path) -> None:
+    def edit(tensors: dict[str, Tensor], prefix: str, natural: Tensor) -> None:
+        first = tensors[f"{prefix}/images"][0]
+        first.copy_(torch.where(first > 0.5, first - 0.3, first + 0.3))
+
+    witness(folder, edit)
 
 
 def witness_beyond_black(folder: Path) -> None:

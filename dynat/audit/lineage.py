@@ -56,6 +56,11 @@ class Lineage:
         except DvcException as error:
             raise UserError(f"dvc.yaml: {one_line(error)}; restore it") from None
         self.producers = {out.def_path: name for name, stage in self.stages.items() for out in stage.outs}
+        self.locked_outs = {  # path -> hash, of stages no longer selected too, unless another writes it now
+            path: md5
+            for name in sorted(self.lock, key=self.stages.__contains__)
+            for path, md5 in locked(self.lock[name], "outs").items()
+        }
         self.outputs_missing: set[str] = set()  # checked stages with an output that is not here
         self._hashes: dict[str, str | None] = {}
         self._links: dict[str, list[Link]] = {}
@@ -64,15 +69,6 @@ class Lineage:
     def params(self) -> dict[str, Any]:
         """Every leaf of ``params.yaml`` by its dotted key."""
         return dict(flatten(parse_yaml((self.root / "params.yaml").read_text(encoding="utf-8"))))
-
-    @cached_property
-    def locked_outs(self) -> dict[str, str]:
-        """Path -> hash of every output that ``dvc.lock`` knows, of stages no longer selected too."""
-        stale = {path: md5 for entry in self.lock.values() for path, md5 in locked(entry, "outs").items()}
-        return stale | {
-            path: locked(self.lock.get(name, {}), "outs").get(path, "")
-            for path, name in self.producers.items()
-        }
 
     def chain(self, stage: str) -> list[str]:
         """``stage`` and all that it depends on, the first to run first."""
@@ -151,7 +147,10 @@ class Lineage:
         for path in (each for each in wanted if each in ran):
             now: set[str | None]
             if path in self.producers:
-                now, text = {self.locked_outs[path]}, f"used another {path} than {self.producers[path]} wrote"
+                now, text = (
+                    {self.locked_outs.get(path)},
+                    f"used another {path} than {self.producers[path]} wrote",
+                )
             elif any(out.startswith(f"{path}/") for out in self.locked_outs):
                 now = {*self._gathered(f"{path}/")}
                 text = f"used another content of {path} than its stages wrote (rerun since?)"
@@ -206,11 +205,11 @@ class Lineage:
                 continue
             if now is None and out.use_cache:
                 yield absent("chain", name, out.def_path)
-            else:
-                what = "is missing" if now is None else "is not what the stage wrote"
-                how = "git checkout" if not out.use_cache else "dvc checkout"
-                text = f"{out.def_path} {what} ({(now or 'none')[:8]}, {LOCK} has {ran[out.def_path][:8]})"
-                yield broken("chain", name, text, f"restore it with {how}, or run dvc repro")
+                continue
+            what = "is not what the stage wrote" if now else "is missing"
+            text = f"{out.def_path} {what} ({(now or 'none')[:8]}, {LOCK} has {ran[out.def_path][:8]})"
+            how = "dvc checkout" if out.use_cache else "git checkout"
+            yield broken("chain", name, text, f"restore it with {how}, or run dvc repro")
 
     # ------------------------------------------------------------------------------------------------ hashes
 
