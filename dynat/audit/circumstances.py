@@ -7,7 +7,7 @@ from contextlib import closing
 from pathlib import Path
 from typing import Any
 
-from dynat.audit.link import Link, absent, broken, good, some
+from dynat.audit.link import Link, absent, broken, good
 from dynat.errors import UserError
 from dynat.runtime.files import read_json
 
@@ -99,9 +99,9 @@ def _accepted(name: str, record: dict[str, Any], code: str) -> Iterator[Link]:
     if proofs and code not in {*proofs, *(proof["from"] for proof in proofs.values())}:
         yield broken("accepted", name, f"no proof in it is of the code {code[:8]} in dvc.lock", RERUN)
     while proof := proofs.pop(code, None):
-        code = proof["from"]
+        code, compared = proof["from"], proof["compared"]
         text = (
-            f"accepted on {proof['date'][:10]}: this code was not run; it gave the same bits as the recorded "
-            f"code {code[:8]} of commit {proof['commit'][:10]} in {some(proof['compared'])}"
+            f"accepted on {proof['date'][:10]} at commit {proof['commit'][:10]}: this code was not run; it gave "
+            f"the same bits as the recorded code {code[:8]} in {', '.join(compared)}"
         )
-        yield Link("accepted", name, "accepted", text, details=tuple(proof["compared"]))
+        yield Link("accepted", name, "accepted", text)

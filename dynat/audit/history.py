@@ -8,6 +8,7 @@ import sys
 import tarfile
 from collections import defaultdict
 from collections.abc import Iterable, Iterator
+from functools import cache
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import Any
@@ -117,7 +118,10 @@ def _clean(lineage: Lineage, commit: str, names: list[str]) -> Link:
     closures = [path for path in ran if path.startswith(CODE) and ran[path] == then[path]]
     again = _closures(lineage.root, commit) if closures else {}
     for path in closures:
-        ran |= listed(json.loads(files.open(f"/{path}", "rb").read()), path)
+        try:
+            ran |= listed(json.loads(files.open(f"/{path}", "rb").read()), path)
+        except (AttributeError, TypeError, ValueError):  # not as check writes it
+            ran |= {path: "unreadable"}
         then |= listed(again.get(Path(path).stem, {}), path)
         now |= lineage.closure(path)
     when = (_git(lineage.root, "log", "-1", "--format=%cs", commit) or b"").decode().strip()
@@ -130,13 +134,14 @@ def _clean(lineage: Lineage, commit: str, names: list[str]) -> Link:
     return good("commit", subject, text, [f"{name}: {ran[name]} then, {now.get(name)} now" for name in ran])
 
 
+@cache
 def _closures(root: Path, commit: str) -> dict[str, Any]:
     """Stage -> closure of the code at a commit, computed anew; none if there is no such code."""
     archive = _git(root, "archive", commit, "dynat", "stages")
-    with TemporaryDirectory() as folder:
-        if archive:
-            with tarfile.open(fileobj=io.BytesIO(archive)) as tree:
-                tree.extractall(folder, filter="data")
+    if archive is None:
+        return {}
+    with TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(archive)) as tree:
+        tree.extractall(folder, filter="data")
         command = [sys.executable, "-P", str(CLOSURE), folder]
         done = subprocess.run(command, cwd=folder, capture_output=True)
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {}

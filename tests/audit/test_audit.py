@@ -258,15 +258,12 @@ def test_the_commit_that_brought_an_entry_is_found_behind_many_later_ones(
 
 
 def test_an_experiment_is_named_with_its_commit(repository: Path, capsys: Capture) -> None:
-    def larger(entry: dict[str, Any]) -> None:
-        entry["outs"][0]["size"] += 1  # which nobody compares
-
-    tampering.locked(repository, "attack_baseline@digits-pgd_at-0", larger)
-    result = dvc(repository, "exp", "save", "-n", "other-size")
+    tampering.flip(repository / f"{ATTACK}.witness.safetensors")  # another result, which saving records
+    result = dvc(repository, "exp", "save", "-n", "other-witness")
     assert result.returncode == 0, result.stdout + result.stderr
     assert main([CELL]) == 0
     output = capsys.readouterr().out
-    assert "✓ attack_baseline@digits-pgd_at-0: from the experiment other-size (" in output
+    assert "✓ attack_baseline@digits-pgd_at-0: from the experiment other-witness (" in output
 
 
 def test_audit_imports_neither_torch_nor_mlflow_nor_matplotlib() -> None:
