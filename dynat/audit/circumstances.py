@@ -101,7 +101,7 @@ def _accepted(name: str, record: dict[str, Any], code: str) -> Iterator[Link]:
     while proof := proofs.pop(code, None):
         code, compared = proof["from"], proof["compared"]
         text = (
-            f"accepted on {proof['date'][:10]} at commit {proof['commit'][:10]}: this code was not run; it gave "
-            f"the same bits as the recorded code {code[:8]} in {', '.join(compared)}"
+            f"accepted on {proof['date'][:10]} at commit {proof['commit'][:10]}: this code was not run; "
+            f"it gave the same bits as the recorded code {code[:8]} in {', '.join(compared)}"
         )
         yield Link("accepted", name, "accepted", text)
