@@ -55,6 +55,10 @@ class Lineage:
             raise UserError("no Git repository here; audit a clone, made with git clone") from None
         except DvcException as error:
             raise UserError(f"dvc.yaml: {one_line(error)}; restore it") from None
+        self.inputs = {  # stage -> the files and folders that it reads
+            name: [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
+            for name, stage in self.stages.items()
+        }
         self.producers = {out.def_path: name for name, stage in self.stages.items() for out in stage.outs}
         self.locked_outs = {  # path -> hash, of stages no longer selected too, unless another writes it now
             path: md5
@@ -72,7 +76,7 @@ class Lineage:
 
     def chain(self, stage: str) -> list[str]:
         """``stage`` and all that it depends on, the first to run first."""
-        before = [self.producers[path] for path in _files_read(self.stages[stage]) if path in self.producers]
+        before = [self.producers[path] for path in self.inputs[stage] if path in self.producers]
         return list(dict.fromkeys([*(name for each in before for name in self.chain(each)), stage]))
 
     def behind(self, path: str) -> set[str]:
@@ -83,7 +87,7 @@ class Lineage:
         for file in self.producers:
             if file.startswith(CODE) and {f"{file} {path}", f"{file} {module}"} & {*self.closure(file)}:
                 read.add(file)
-        return writers or {name for name, stage in self.stages.items() if read & {*_files_read(stage)}}
+        return writers or {name for name, paths in self.inputs.items() if read & {*paths}}
 
     def closure(self, file: str) -> dict[str, str]:
         """What a file of ``metrics/code`` lists now, nothing if it is not here or broken."""
@@ -142,7 +146,7 @@ class Lineage:
             yield broken("chain", stage.addressing, f"ran with {each}", RERUN)
 
     def _dependencies(self, stage: PipelineStage, ran: Mapping[str, str]) -> Iterator[Link]:
-        name, wanted = stage.addressing, _files_read(stage)
+        name, wanted = stage.addressing, self.inputs[stage.addressing]
         yield from _unlisted(name, "dependency", ran, wanted)
         for path in (each for each in wanted if each in ran):
             now: set[str | None]
@@ -240,10 +244,6 @@ def listed(closure: Mapping[str, Any], file: str) -> dict[str, str]:
     """Hash of each module and data file of a closure, by its name after that of the closure's ``file``."""
     every = {**closure.get("modules", {}), **closure.get("data", {})}
     return {f"{file} {name}": str(md5) for name, md5 in every.items()}
-
-
-def _files_read(stage: PipelineStage) -> list[str]:
-    return [dep.def_path for dep in stage.deps if not isinstance(dep, ParamsDependency)]
 
 
 def _unlisted(name: str, what: str, ran: Iterable[str], wanted: Collection[str]) -> Iterator[Link]:
