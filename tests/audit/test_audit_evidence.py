@@ -58,9 +58,7 @@ def test_evidence_that_does_not_hold_is_refused(
     forge: Callable[[Path], None],
     said: str,
 ) -> None:
-    monkeypatch.setattr(
-        evidence, "device_of", lambda machine: torch.device("cpu")
-    )
+    monkeypatch.setattr(evidence, "device_of", lambda machine: torch.device("cpu"))
     forge(repository)
     assert main([CELL, "--deep"]) == 1
     faults = [line for line in capsys.readouterr().out.splitlines() if line.startswith("✗")]

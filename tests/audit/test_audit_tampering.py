@@ -59,14 +59,15 @@ def test_what_was_changed_is_named(repository: Path, capsys: Capture, change: Ch
 
 def test_all_names_every_change(repository: Path, capsys: Capture) -> None:
     """Changes that do not hide one another."""
-    apart = {
+    apart = (
         tampering.table,
         tampering.data,
+        tampering.weights,
         tampering.parameter,
         tampering.failed_mlflow_run,
-        tampering.verdicts,
         tampering.record_of_other_seed,
-    }
+        tampering.lock_without_output,
+    )
     for change in apart:
         change(repository)
     assert main(["--all"]) == 1
