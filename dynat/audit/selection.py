@@ -10,9 +10,9 @@ from dynat.audit.lineage import Lineage
 from dynat.audit.link import Link, broken
 from dynat.audit.printed import CELLS, Printed, Source
 from dynat.errors import UserError
-from dynat.paper.comparison import command
-from dynat.paper.published import TITLES, rows
-from dynat.paper.tables import name
+from dynat.paper.cells import name
+from dynat.paper.published import TITLES, values
+from dynat.paper.tables import command
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
@@ -63,15 +63,13 @@ def _prints(cell: dict[str, Any], path: str, wanted: str) -> bool:
 
 def _published(printed: Printed, wanted: str) -> str | None:
     """What the paper has there, whether or not its row was run."""
-    for row in rows():
-        for column, value in row.values.items():
-            key = f"{row.key}/{column}"
-            if wanted not in (row.key, key, value.text):
-                continue
-            where = f"{TITLES[row.table].split(':')[0]}, {row.method}, {name(column)}"
+    for key, value in values().to_dict("index").items():
+        if wanted in (value["row"], key, value["published"]):
+            where = f"{TITLES[value['table']].split(':')[0]}, {value['method']}, {name(value['column'])}"
             if key in printed.cells:
                 return f"is the paper's own ({where}); ours is {key} = {printed.cells[key]['text']}"
-            return f"not reproduced here; the paper has {value.text} ({where}); {command([row])} runs it"
+            run = command(values().loc[[key]])
+            return f"not reproduced here; the paper has {value['published']} ({where}); {run} runs it"
     return None
 
 

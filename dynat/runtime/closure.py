@@ -56,12 +56,17 @@ def closures() -> dict[str, Closure]:
 
 def _closure(imported: set[str]) -> Closure:
     packages = {".".join(name.split(".")[:end]) for name in imported for end in range(1, name.count(".") + 1)}
-    modules = {name: module_hash(_source(name).read_text(encoding="utf-8")) for name in imported | packages}
+    modules = {name: _hash_of(name) for name in imported | packages}
     found: dict[str, str] = {}
     for name in packages | imported:
         if _source(name).name == "__init__.py":
             found |= _package_data(name)
     return {"modules": dict(sorted(modules.items())), "data": dict(sorted(found.items()))}
+
+
+@cache
+def _hash_of(module: str) -> str:
+    return module_hash(_source(module).read_text(encoding="utf-8"))
 
 
 def _source(module: str) -> Path:
