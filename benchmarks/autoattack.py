@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
 
-    from dynat.evaluation.whitebox import Evidence
+    from dynat.evaluation.evidence import Evidence
 
 NETWORKS: dict[str, dict[str, Any]] = {  # with random weights, as large as those of CIFAR-10
     "resnet18": {"name": "resnet"},
@@ -105,29 +105,29 @@ def project(case: Case) -> "Evidence":
     """The project's evidence after the last attack."""
     import torch
 
-    from dynat.evaluation.autoattack import STANDARD, run
-    from dynat.evaluation.pieces import Pieces
+    from dynat.evaluation.autoattack import STANDARD, evaluate
+    from dynat.evaluation.chunks import Chunks
 
     on_processes = case.images.device.type == "cpu" and case.spec.workers > 1
     torch.set_num_threads(max(1, case.cores // case.spec.workers) if on_processes else case.cores)
     with TemporaryDirectory() as folder:
 
-        def keep(name: str, piece: dict[str, Any]) -> None:  # files, as the stage keeps them
-            torch.save(piece, Path(folder, name))
+        def keep(name: str, chunk: dict[str, Any]) -> None:  # files, as the stage keeps them
+            torch.save(chunk, Path(folder, name))
 
         def kept(name: str) -> dict[str, Any] | None:
             path = Path(folder, name)
             return torch.load(path, weights_only=True) if path.exists() else None
 
-        pieces = Pieces(kept, keep, lambda _: None, lambda: False)
-        found, _ = run(case.network, case.images, case.labels, case.spec, pieces)
+        chunks = Chunks(kept, keep, shared=True)
+        found, _ = evaluate(case.network, case.images, case.labels, case.spec, chunks)
     return found[STANDARD[-1]]
 
 
 def false_successes(case: Case, found: "Evidence") -> int:
     """Images of the evidence outside the ball, outside [0,1], or classified rightly by the network."""
     from dynat.data.splits import to_unit
-    from dynat.evaluation.whitebox import predict
+    from dynat.evaluation.evidence import predict
 
     x, y = to_unit(case.images)[found.indices], case.labels[found.indices]
     far = (found.images - x).abs().flatten(1).amax(1) > case.spec.epsilon + 1e-6
@@ -144,13 +144,13 @@ def _case(options: argparse.Namespace, study: Study, spec: AutoAttack, device: "
     import torch
 
     from dynat.data import splits as data
-    from dynat.evaluation import results
     from dynat.networks import architectures as networks
+    from dynat.networks.weights import load_network
 
     cores = options.threads or study.machine.threads or os.cpu_count() or 1
     if options.network is None:
         files = options.weights or Path("models", options.setting, "dynat", "0", "target.safetensors")
-        network, _ = results.load_network(files, device)
+        network, _ = load_network(files, device)
         stored = data.load(options.data or Path("data", f"{options.setting}.safetensors"), device)
         count = options.n or max(spec.n)
         return Case(network, stored.test_images[:count], stored.test_labels[:count], spec, cores)

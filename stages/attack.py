@@ -5,8 +5,6 @@ adversarial image of every broken sample; and ``metrics/sanity/...``, checks tha
 trusted, and the accuracy against epsilon. A failed check stops nothing: it marks the method in every table.
 """
 
-from functools import partial
-
 from dynat.runtime import machine as environment
 from dynat.runtime.stage import RunRecord, main, run_of_arguments
 
@@ -15,12 +13,11 @@ def stage() -> int:
     """Attack both checkpoints with everything in the study's ``attack`` section."""
     run = run_of_arguments(__doc__ or "")
     record = RunRecord("attack", run)
-    spec, machine = run.study.attack, run.study.machine
-    environment.pin(machine)
-    from dynat.evaluation.assessment import assess
-    from dynat.evaluation.battery import attack
+    environment.pin(run.study.machine)
+    from dynat.evaluation.checkpoints import evaluate_checkpoints
+    from dynat.evaluation.evaluate import run_evaluation
 
-    return assess(record, spec, machine, partial(attack, spec=spec))
+    return run_evaluation(record, run.study.attack, run.study.machine, evaluate_checkpoints)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,8 @@
-"""Stage autoattack: AutoAttack standard on the first n test images, resumed piece by piece.
+"""Stage autoattack: AutoAttack standard on the first n test images, resumed chunk by chunk.
 
 Writes ``metrics/autoattack/<setting>/<method>/<seed>.json`` with the package's own warnings, the verdict of
 every sample beside it, and the adversarial image of every broken sample.
 """
-
-from functools import partial
 
 from dynat.runtime import machine as environment
 from dynat.runtime.stage import RunRecord, main, run_of_arguments
@@ -14,12 +12,11 @@ def stage() -> int:
     """Run the standard ensemble on the selected checkpoint."""
     run = run_of_arguments(__doc__ or "")
     record = RunRecord("autoattack", run)
-    spec, machine = run.study.autoattack, run.study.machine
-    environment.pin(machine)
-    from dynat.evaluation.assessment import assess
-    from dynat.evaluation.autoattack import attack
+    environment.pin(run.study.machine)
+    from dynat.evaluation.autoattack import evaluate_selected
+    from dynat.evaluation.evaluate import run_evaluation
 
-    return assess(record, spec, machine, partial(attack, spec=spec))
+    return run_evaluation(record, run.study.autoattack, run.study.machine, evaluate_selected)
 
 
 if __name__ == "__main__":

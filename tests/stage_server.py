@@ -15,7 +15,7 @@ from typing import Any
 STAGES = ("prepare", "train", "attack", "autoattack")
 LIBRARY = (
     *("data.splits", "methods.step", "methods.training"),
-    *("evaluation.assessment", "evaluation.autoattack", "evaluation.battery", "evaluation.results"),
+    *("evaluation.evaluate", "evaluation.autoattack", "evaluation.checkpoints"),
 )
 
 

@@ -5,10 +5,10 @@ see more must not find less. A model whose gradients are masked fails several of
 of the evaluation, in float32 and eval mode; what it has already found is taken from it.
 """
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import Any
+from typing import Any, TypedDict
 
 import torch
 from pyautoattack.square import SquareAttack
@@ -16,8 +16,9 @@ from torch import Tensor, nn
 
 from dynat.config.params import Attack
 from dynat.data.splits import to_unit
+from dynat.evaluation.evidence import Evidence, predict
 from dynat.evaluation.square import Square
-from dynat.evaluation.whitebox import Evidence, evaluate, predict, sample_noise
+from dynat.evaluation.whitebox import evaluate, sample_noise
 from dynat.methods import attacks
 
 SAMPLES = 200  # enough for comparisons to within a point; the accuracies themselves come from the attacks
@@ -30,19 +31,11 @@ BROKEN = 0.05  # share of samples that may survive a ball that holds every image
 RADII = (0.0, 0.25, 0.5, 1.0, 1.5, 2.0, 4.0)  # in units of epsilon
 
 
-@dataclass
-class Check:
+class Check(TypedDict):
     """Whether a comparison came out as it must, and the accuracies in percent that were compared."""
 
     passed: bool
     values: dict[str, float]
-
-    def as_json(self) -> dict[str, Any]:
-        """Its entry in ``metrics/sanity``."""
-        return {"passed": self.passed, "values": self.values}
-
-
-Curve = list[tuple[float, float]]  # (epsilon, accuracy in percent)
 
 
 def check(
@@ -51,131 +44,129 @@ def check(
     images: Tensor,
     labels: Tensor,
     spec: Attack,
-    found: Mapping[str, Evidence],
-) -> tuple[dict[str, Check], Curve]:
-    """All checks of ``network`` by name, and its accuracy against epsilon.
+    evidence: Mapping[str, Evidence],
+) -> dict[str, Any]:
+    """The content of ``metrics/sanity``: checks of ``network`` on the first of ``images``, an epsilon curve.
 
-    ``images`` uint8 [n,C,H,W], ``labels`` int64 [n]; ``found`` is what :func:`.whitebox.evaluate`
-    found with fgsm, pgd and cw on these and perhaps further images. ``guide`` is None for a method without
-    one, which has no transfer check. Networks must be in eval mode.
+    ``images`` uint8 [n,C,H,W], ``labels`` int64 [n]; ``evidence`` is that of :func:`.whitebox.evaluate` with
+    fgsm, pgd and cw on these and perhaps further images. ``guide`` is None for a method without one, which
+    has no transfer check. Networks must be in eval mode.
     """
-    robust = {name: evidence.robust[: len(images)] for name, evidence in found.items()}
+    target = _Target(network, images[:SAMPLES], labels[:SAMPLES], spec)
+    robust = {name: each.robust[: len(target.images)] for name, each in evidence.items()}
     if missing := [k for k in (STEPS, MOST_STEPS, 2 * MOST_STEPS) if k not in spec.pgd]:
-        wanted = spec.model_copy(update={"pgd": missing})
-        more = evaluate(network, images, labels, wanted, ("pgd",))
-        robust |= {name: evidence.robust for name, evidence in more.items()}
+        robust |= target.pgd(pgd=missing)
     clean, white, strongest = robust["clean"], robust[f"pgd{STEPS}"], robust[f"pgd{2 * MOST_STEPS}"]
-    noisy, square = _noise(network, images, labels, spec), _square(network, images, labels, spec)
-    curve = epsilon_curve(network, images, labels, spec, _percent(clean), _percent(white))
+    curve = _epsilon_curve(target, _percent(clean), _percent(white))
     accuracies = [accuracy for _, accuracy in curve]
     checks = {
-        "PGD-20 is at least as strong as FGSM": _not_above(white, robust["fgsm"], "pgd20", "fgsm"),
-        "twice the steps change little": _settled(robust[f"pgd{MOST_STEPS}"], strongest),
-        "random noise is weaker than PGD-20": _not_above(white, noisy, "pgd20", "noise"),
+        "PGD-20 is at least as strong as FGSM": _not_above(pgd20=white, fgsm=robust["fgsm"]),
+        "twice the steps change little": _not_above(
+            SETTLED, **{f"pgd{MOST_STEPS}": robust[f"pgd{MOST_STEPS}"], f"pgd{2 * MOST_STEPS}": strongest}
+        ),
+        "random noise is weaker than PGD-20": _not_above(pgd20=white, noise=target.noise()),
         "Square finds no more than PGD and C&W": _not_above(
-            strongest & robust["cw"], clean & square, "white", "square"
+            white=strongest & robust["cw"], square=clean & target.square()
         ),
         "accuracy does not rise with epsilon": Check(
-            all(b <= a + 100 * TOLERANCE for a, b in pairwise(accuracies)),
-            {f"{epsilon:.4g}": accuracy for epsilon, accuracy in curve},
+            passed=all(b <= a + 100 * TOLERANCE for a, b in pairwise(accuracies)),
+            values={f"{epsilon:.4g}": accuracy for epsilon, accuracy in curve},
         ),
         "a ball that holds every image breaks everything": Check(
-            accuracies[-1] <= 100 * BROKEN, {"accuracy": accuracies[-1]}
+            passed=accuracies[-1] <= 100 * BROKEN, values={"accuracy": accuracies[-1]}
         ),
-        "verdicts do not depend on the batch": _same_in_other_batches(network, images, labels, spec, white),
+        "verdicts do not depend on the batch": _same_in_other_batches(target, white),
     }
     if guide is not None:
-        transferred = _transfer(network, guide, images, labels, spec)
-        checks["transfer from the guide is weaker than PGD-20"] = _not_above(
-            white, clean & transferred, "pgd20", "transfer"
+        transfer = clean & target.transfer(guide)
+        checks["transfer from the guide is weaker than PGD-20"] = _not_above(pgd20=white, transfer=transfer)
+    passed = all(each["passed"] for each in checks.values())
+    return {"n": len(target.images), "passed": passed, "checks": checks, "epsilon_curve": curve}
+
+
+@dataclass(frozen=True)
+class _Target:
+    """A network and the images to attack it with; every method returns verdicts, bool [n]."""
+
+    network: nn.Module
+    images: Tensor
+    labels: Tensor
+    spec: Attack
+
+    def pgd(self, **changes: Any) -> dict[str, Tensor]:
+        """By PGD as the study has it but for ``changes``, by name."""
+        spec = self.spec.model_copy(update=changes)
+        found = evaluate(self.network, self.images, self.labels, spec, ("pgd",))
+        return {name: evidence.robust for name, evidence in found.items()}
+
+    def noise(self) -> Tensor:
+        """Under one draw of uniform noise of the same radius."""
+        return self._against(lambda x, y, first: self._start(x, first, self.spec.seed + 1))
+
+    def square(self) -> Tensor:
+        """By the Square attack, which sees logits only."""
+        epsilon, seed, device = self.spec.epsilon, self.spec.seed, self.images.device
+        package = SquareAttack(
+            self.network, n_queries=QUERIES, eps=epsilon, seed=seed, device=device, resc_schedule=False
         )
-    return checks, curve
+        attack = Square(package)
+        return self._against(lambda x, y, first: attacks.project(attack.perturb(x, y), x, epsilon))
+
+    def transfer(self, guide: nn.Module) -> Tensor:
+        """On images that PGD-20 crafted on the guide."""
+        epsilon, step = self.spec.epsilon, self.spec.step
+
+        def craft(x: Tensor, y: Tensor, first: int) -> Tensor:
+            # to the last step: an image that barely fools the guide transfers nothing
+            loss, start = attacks.cross_entropy(y), self._start(x, first, self.spec.seed)
+            return attacks.ascend(guide, loss, x, start, epsilon=epsilon, step=step, steps=STEPS)
+
+        return self._against(craft)
+
+    def _start(self, x: Tensor, first: int, seed: int) -> Tensor:
+        noise = sample_noise(x, seed, first + torch.arange(len(x)))
+        return attacks.uniform_start(x, self.spec.epsilon, noise)
+
+    def _against(self, craft: Callable[[Tensor, Tensor, int], Tensor]) -> Tensor:
+        """On the images that ``craft`` makes of a batch, its labels and its first index."""
+        verdicts, batch = [], self.spec.batch
+        for first in range(0, len(self.images), batch):
+            x, y = to_unit(self.images[first : first + batch]), self.labels[first : first + batch]
+            verdicts.append(predict(self.network, craft(x, y, first)) == y)
+        return torch.cat(verdicts)
 
 
-def epsilon_curve(
-    network: nn.Module, images: Tensor, labels: Tensor, spec: Attack, clean: float, pgd: float
-) -> Curve:
+def _epsilon_curve(target: _Target, clean: float, pgd: float) -> list[tuple[float, float]]:
     """Accuracy under PGD-20 at multiples of the study's epsilon and, last, at 1, where any image is near.
 
     ``clean`` and ``pgd`` are the accuracies at 0 and at epsilon. The step grows in proportion, but stays
     within the ball.
     """
+    spec = target.spec
     known = {0.0: clean, spec.epsilon: pgd}
-    curve = []
-    for epsilon in [*(radius * spec.epsilon for radius in RADII if radius * spec.epsilon < 1), 1.0]:
+    radii = [*(radius * spec.epsilon for radius in RADII if radius * spec.epsilon < 1), 1.0]
+    for epsilon in radii:
         if epsilon not in known:
             step = min(spec.step * epsilon / spec.epsilon, epsilon)
-            here = spec.model_copy(update={"epsilon": epsilon, "step": step, "pgd": [STEPS]})
-            known[epsilon] = _percent(evaluate(network, images, labels, here, ("pgd",))[f"pgd{STEPS}"].robust)
-        curve.append((round(epsilon, 6), known[epsilon]))
-    return curve
+            robust = target.pgd(epsilon=epsilon, step=step, pgd=[STEPS])
+            known[epsilon] = _percent(robust[f"pgd{STEPS}"])
+    return [(round(epsilon, 6), known[epsilon]) for epsilon in radii]
 
 
 def _percent(robust: Tensor) -> float:
     return round(100 * robust.float().mean().item(), 4)
 
 
-def _not_above(strong: Tensor, weak: Tensor, strong_name: str, weak_name: str) -> Check:
-    """The stronger attack leaves no more accuracy than the weaker one."""
-    values = {strong_name: _percent(strong), weak_name: _percent(weak)}
-    return Check(values[strong_name] <= values[weak_name] + 100 * TOLERANCE, values)
+def _not_above(tolerance: float = TOLERANCE, **robust: Tensor) -> Check:
+    """The first of two verdicts by name leaves no more accuracy than the second, but for ``tolerance``."""
+    values = {name: _percent(verdicts) for name, verdicts in robust.items()}
+    first, second = values.values()
+    return Check(passed=first <= second + 100 * tolerance, values=values)
 
 
-def _settled(before: Tensor, after: Tensor) -> Check:
-    values = {f"pgd{MOST_STEPS}": _percent(before), f"pgd{2 * MOST_STEPS}": _percent(after)}
-    return Check(abs(_percent(before) - _percent(after)) <= 100 * SETTLED, values)
-
-
-def _noise(network: nn.Module, images: Tensor, labels: Tensor, spec: Attack) -> Tensor:
-    """Verdicts under one draw of uniform noise of the same radius."""
-    x = to_unit(images)
-    noise = sample_noise(x, spec.seed + 1, torch.arange(len(x)))
-    noisy = attacks.uniform_start(x, spec.epsilon, noise)
-    return torch.cat([predict(network, part) for part in noisy.split(spec.batch)]) == labels
-
-
-def _square(network: nn.Module, images: Tensor, labels: Tensor, spec: Attack) -> Tensor:
-    """Verdicts under the Square attack, which sees logits only."""
-    attack = SquareAttack(
-        network,
-        p_init=0.8,
-        n_queries=QUERIES,
-        eps=spec.epsilon,
-        norm="Linf",
-        n_restarts=1,
-        seed=spec.seed,
-        verbose=False,
-        device=images.device,
-        resc_schedule=False,
-    )
-    verdicts = []
-    for part, truth in zip(images.split(spec.batch), labels.split(spec.batch), strict=True):
-        x = to_unit(part)
-        adversarial = attacks.project(Square(attack).perturb(x, truth), x, spec.epsilon)
-        verdicts.append(predict(network, adversarial) == truth)
-    return torch.cat(verdicts)
-
-
-def _transfer(network: nn.Module, guide: nn.Module, images: Tensor, labels: Tensor, spec: Attack) -> Tensor:
-    """Verdicts of ``network`` on images that PGD-20 crafted on the guide."""
-    verdicts = []
-    for first in range(0, len(images), spec.batch):
-        x, y = to_unit(images[first : first + spec.batch]), labels[first : first + spec.batch]
-        noise = sample_noise(x, spec.seed, first + torch.arange(len(x)))
-        start = attacks.uniform_start(x, spec.epsilon, noise)
-        # to the last step: an image that barely fools the guide transfers nothing
-        loss = attacks.cross_entropy(y)
-        adversarial = attacks.ascend(guide, loss, x, start, epsilon=spec.epsilon, step=spec.step, steps=STEPS)
-        verdicts.append(predict(network, adversarial) == y)
-    return torch.cat(verdicts)
-
-
-def _same_in_other_batches(
-    network: nn.Module, images: Tensor, labels: Tensor, spec: Attack, white: Tensor
-) -> Check:
+def _same_in_other_batches(target: _Target, white: Tensor) -> Check:
     """PGD-20 again in batches of another size: rounding may turn a tie, no more."""
-    size = max(1, len(images) // 3)
-    other = spec.model_copy(update={"pgd": [STEPS], "batch": size + (size == spec.batch)})
-    again = evaluate(network, images, labels, other, ("pgd",))[f"pgd{STEPS}"].robust
+    size = max(1, len(target.images) // 3)
+    again = target.pgd(pgd=[STEPS], batch=size + (size == target.spec.batch))[f"pgd{STEPS}"]
     differing = _percent(again != white)
-    return Check(differing <= 100 * TOLERANCE, {"differing": differing})
+    return Check(passed=differing <= 100 * TOLERANCE, values={"differing": differing})

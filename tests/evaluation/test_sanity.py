@@ -1,15 +1,19 @@
 """The sanity suite passes a model that is what it seems, and catches one whose gradients are masked."""
 
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor, nn
 
 from dynat.config.params import Attack
 from dynat.evaluation import sanity
-from dynat.evaluation.sanity import Check, Curve, check
-from dynat.evaluation.whitebox import Evidence, evaluate
+from dynat.evaluation.evidence import Evidence
+from dynat.evaluation.sanity import check
+from dynat.evaluation.whitebox import evaluate
 
 SPEC = Attack(epsilon=0.1, step=0.025, pgd=[10], batch=40)
+WHOLE = SPEC.model_copy(update={"pgd": [20, 50, 100]})
 
 
 class Sides(nn.Module):
@@ -52,20 +56,29 @@ def images() -> tuple[Tensor, Tensor]:
     return x, (x[..., :4].float().mean((1, 2, 3)) <= x[..., 4:].float().mean((1, 2, 3))).long()
 
 
-def checked(network: nn.Module, guide: nn.Module | None = None) -> tuple[dict[str, Check], Curve]:
+@pytest.fixture(scope="module")
+def evidence() -> dict[str, Evidence]:
+    """Of every attack that the checks compare, on the honest network."""
+    x, y = images()
+    return evaluate(Sides().eval(), x, y, WHOLE, ("fgsm", "pgd", "cw"))
+
+
+def checked(network: nn.Module, guide: nn.Module | None = None) -> dict[str, Any]:
     x, y = images()
     return check(network, guide, x, y, SPEC, evaluate(network.eval(), x, y, SPEC, ("fgsm", "pgd", "cw")))
 
 
 def failed(network: nn.Module, guide: nn.Module | None = None) -> set[str]:
-    checks, _ = checked(network, guide)
-    return {name for name, each in checks.items() if not each.passed}
+    checks = checked(network, guide)["checks"]
+    return {name for name, each in checks.items() if not each["passed"]}
 
 
 def test_a_model_whose_gradients_say_the_truth_passes_every_check() -> None:
-    checks, curve = checked(Sides(), Sides().eval())
+    found = checked(Sides(), Sides().eval())
+    checks, curve = found["checks"], found["epsilon_curve"]
     assert len(checks) == 8
-    assert all(each.passed for each in checks.values()), checks
+    assert all(each["passed"] for each in checks.values()), checks
+    assert (found["n"], found["passed"]) == (80, True)
     x, y = images()
     gap = x[..., :4].double().mean((1, 2, 3)) - x[..., 4:].double().mean((1, 2, 3))
     sign = 1 - 2 * y
@@ -92,19 +105,13 @@ def test_masked_gradients_are_caught_by_transfer_from_a_guide_too() -> None:
     assert not failed(Sides(), Inverted().eval())
 
 
-def test_what_the_evaluation_has_found_is_taken_and_what_it_lacks_is_found() -> None:
-    x, y = images()
-    whole = SPEC.model_copy(update={"pgd": [20, 50, 100]})
-    found = evaluate(Sides().eval(), x, y, whole, ("fgsm", "pgd", "cw"))
-    taken = check(Sides().eval(), None, x[:60], y[:60], whole, found)
-    assert taken == check(
-        Sides().eval(),
-        None,
-        x[:60],
-        y[:60],
-        SPEC,
-        evaluate(Sides().eval(), x, y, SPEC, ("fgsm", "pgd", "cw")),
-    )
+def test_what_the_evaluation_has_found_is_taken_and_what_it_lacks_is_found(
+    evidence: dict[str, Evidence],
+) -> None:
+    x, y = (each[:60] for each in images())
+    lacking = {name: each for name, each in evidence.items() if not name.startswith("pgd")}
+    taken = check(Sides().eval(), None, x, y, WHOLE, evidence)
+    assert taken == check(Sides().eval(), None, x, y, SPEC, lacking)
 
 
 @pytest.mark.parametrize(
@@ -115,17 +122,17 @@ def test_what_the_evaluation_has_found_is_taken_and_what_it_lacks_is_found() -> 
         ({"clean": False}, "accuracy does not rise with epsilon"),
     ],
 )
-def test_verdicts_that_cannot_be_are_caught(verdicts: dict[str, bool], caught: str) -> None:
+def test_verdicts_that_cannot_be_are_caught(
+    evidence: dict[str, Evidence], verdicts: dict[str, bool], caught: str
+) -> None:
     x, y = images()
-    whole = SPEC.model_copy(update={"pgd": [20, 50, 100]})
-    found = evaluate(Sides().eval(), x, y, whole, ("fgsm", "pgd", "cw"))
     spoilt = {
         name: Evidence(torch.full((80,), robust), y[:0], x[:0].float()) for name, robust in verdicts.items()
     }
-    checks, _ = check(Sides().eval(), None, x, y, whole, found | spoilt)
-    assert not checks[caught].passed
+    assert not check(Sides().eval(), None, x, y, WHOLE, evidence | spoilt)["checks"][caught]["passed"]
 
 
 def test_noise_that_breaks_more_than_the_attack_is_caught(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sanity, "_noise", lambda *_: torch.zeros(80, dtype=torch.bool))
+    nobody = torch.zeros(80, dtype=torch.bool)
+    monkeypatch.setattr(sanity._Target, "noise", lambda target: nobody)
     assert failed(Sides()) == {"random noise is weaker than PGD-20"}

@@ -203,7 +203,7 @@ def test_one_stopped_process_of_an_evaluation_takes_the_others_along(repository:
     said, _ = process.communicate(timeout=120)
     assert time.monotonic() - begun < 25  # before torchrun's patience of 30 s is over
     assert process.returncode != 0
-    assert said.count("stopped; the finished pieces are kept") == 1
+    assert said.count("stopped; the finished chunks are kept") == 1
     assert not (repository / "metrics/autoattack").exists()
     assert list(lock.parent.glob("piece-*"))
 

@@ -221,7 +221,7 @@ def test_autoattack_leaves_within_seconds_in_the_middle_of_a_piece(
     assert took[0] < 10  # seconds, on a machine that may be busy
     said = [line for line in stages.said().splitlines() if not line.startswith("mini pgd_at autoattack: ")]
     assert [line for line in said if "MLflow" not in line] == [
-        "stopped; the finished pieces are kept for the next run"
+        "stopped; the finished chunks are kept for the next run"
     ]
     assert not (stages.folder / "metrics/autoattack").exists()
     assert any(file.name.startswith("piece-apgd-ce") for file in states(stages.folder))

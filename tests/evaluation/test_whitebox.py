@@ -1,4 +1,4 @@
-"""Evaluation attacks against a plain loop written from methods.md 3.4."""
+"""The white-box attacks against a plain loop written from docs/methods.md 3.4."""
 
 from collections.abc import Iterator
 
@@ -8,12 +8,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynat.config.params import Attack
-from dynat.evaluation.whitebox import Evidence, evaluate, pgd, sample_noise
+from dynat.evaluation.evidence import Evidence
+from dynat.evaluation.whitebox import ATTACKS, evaluate, pgd, sample_noise
 from dynat.methods import attacks
 from dynat.networks.architectures import build
 
 SPEC = Attack(epsilon=0.3, step=0.08, pgd=[3, 8], cw_steps=4, apgd_steps=5, batch=16, seed=1)
-EVERYTHING = ("fgsm", "pgd", "cw", "apgd-ce")
 
 
 @pytest.fixture(scope="module")
@@ -40,7 +40,7 @@ def labels(network: nn.Module, images: Tensor) -> Tensor:
 
 @pytest.fixture(scope="module")
 def found(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Evidence]:
-    return evaluate(network, images, labels, SPEC, EVERYTHING)
+    return evaluate(network, images, labels, SPEC, ATTACKS)
 
 
 def plain_attack(network: nn.Module, x: Tensor, y: Tensor, start: Tensor, steps: int, cw: bool) -> Tensor:
@@ -104,9 +104,21 @@ def test_more_steps_and_any_attack_only_break_more(found: dict[str, Evidence]) -
 def test_no_verdict_depends_on_the_batch(
     network: nn.Module, images: Tensor, labels: Tensor, found: dict[str, Evidence], batch: int
 ) -> None:
-    again = evaluate(network, images, labels, SPEC.model_copy(update={"batch": batch}), EVERYTHING)
+    again = evaluate(network, images, labels, SPEC.model_copy(update={"batch": batch}), ATTACKS)
     for name, evidence in again.items():
         assert torch.equal(evidence.robust, found[name].robust)
+
+
+def test_chosen_images_get_the_verdicts_and_the_images_that_they_get_among_all(
+    network: nn.Module, images: Tensor, labels: Tensor, found: dict[str, Evidence]
+) -> None:
+    chosen = torch.tensor([3, 11, 12, 30])
+    alone = evaluate(network, images[chosen], labels[chosen], SPEC, ("pgd",), indices=chosen)
+    assert set(alone) == {"clean", "pgd3", "pgd8"}
+    assert torch.equal(alone["pgd8"].robust, found["pgd8"].robust[chosen])
+    there = torch.isin(found["pgd8"].indices, chosen)
+    assert torch.equal(chosen[alone["pgd8"].indices], found["pgd8"].indices[there])
+    assert torch.allclose(alone["pgd8"].images, found["pgd8"].images[there])
 
 
 @pytest.fixture
@@ -121,7 +133,7 @@ def forwarded(network: nn.Module) -> Iterator[list[int]]:
 def test_no_forward_is_larger_than_the_batch(
     network: nn.Module, images: Tensor, labels: Tensor, forwarded: list[int]
 ) -> None:
-    evaluate(network, images, labels, SPEC, EVERYTHING)
+    evaluate(network, images, labels, SPEC, ATTACKS)
     assert max(forwarded) == SPEC.batch < len(images)
 
 
@@ -153,15 +165,6 @@ def test_a_success_that_only_the_crafting_network_sees_is_none(
     ((_, unmoved, robust),) = pgd(network, x, y, x, SPEC, [4], attacks.cross_entropy, blind)
     assert torch.equal(unmoved, x)
     assert torch.equal(robust, right)
-
-
-def test_a_network_in_training_mode_is_refused(network: nn.Module, images: Tensor, labels: Tensor) -> None:
-    network.train()
-    try:
-        with pytest.raises(AssertionError, match="eval mode"):
-            evaluate(network, images, labels, SPEC, ("pgd",))
-    finally:
-        network.eval()
 
 
 def test_a_samples_start_depends_on_seed_and_index_alone() -> None:

@@ -1,0 +1,34 @@
+"""The white-box attacks on both checkpoints of a method, and checks that their accuracies can be trusted."""
+
+from dynat.config.params import Attack
+from dynat.evaluation.chunks import Chunk, Chunks
+from dynat.evaluation.evaluate import Evaluation, TrainedNetworks
+from dynat.evaluation.sanity import SAMPLES, check
+from dynat.evaluation.whitebox import ATTACKS, evaluate
+from dynat.runtime import distributed
+
+CHECKPOINTS = (("best", "target", ATTACKS), ("last", "target.last", ("pgd",)))
+
+
+def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks) -> Evaluation:
+    """Attack the selected checkpoint with everything in ``spec`` and the last one with PGD."""
+    images, labels = networks.images[: spec.n], networks.labels[: spec.n]
+    evidence, epochs = {}, {}
+    for checkpoint, name, attacks in CHECKPOINTS:
+        network, epochs[f"{checkpoint}_epoch"] = networks.load(name)
+        within = chunks.within(checkpoint)
+        evidence[checkpoint] = evaluate(network, images, labels, spec, attacks, within)
+    if distributed.rank() > 0:
+        return Evaluation(evidence, epochs)
+
+    def sanity() -> Chunk:
+        network, _ = networks.load("target")
+        chunks.watch(network)
+        guide = None
+        if (networks.folder / "guide.safetensors").exists():
+            guide, _ = networks.load("guide")
+            chunks.watch(guide)
+        return check(network, guide, images, labels, spec, evidence["best"])
+
+    chunks.expect(1)
+    return Evaluation(evidence, epochs, sanity=chunks.get(f"sanity 0-{min(SAMPLES, len(images))}", sanity))

@@ -1,0 +1,223 @@
+"""What the evaluation stages share: trained networks and test images, a resumable run, its log and files.
+
+Under torchrun every process makes its share of the chunks; the first one alone logs and writes outputs.
+"""
+
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
+from functools import partial
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+from tqdm import tqdm
+
+from dynat.config.params import Attack, AutoAttack, Machine
+from dynat.data.splits import load
+from dynat.errors import UserError
+from dynat.evaluation.chunks import Chunks, StoppedError
+from dynat.evaluation.evidence import Evidence
+from dynat.evaluation.verdicts import Accuracy, accuracy, encode
+from dynat.networks.weights import load_network, save_weights, trained_in
+from dynat.runtime import distributed
+from dynat.runtime import machine as environment
+from dynat.runtime.closure import code_key
+from dynat.runtime.files import sha256, write_json
+from dynat.runtime.resume import ResumeStore, StopRequested, graceful_stop, resume_key
+from dynat.runtime.stage import INTERRUPTED, Run, RunRecord
+from dynat.runtime.tracking import Tracker
+
+STOP = "stop"  # the file by which one of several processes makes the others leave with it
+Spec = TypeVar("Spec", Attack, AutoAttack)
+
+
+@dataclass(frozen=True)
+class TrainedNetworks:
+    """The trained networks of a run, by file, and the test images to attack them with."""
+
+    folder: Path
+    data: Path  # the file of the images
+    images: Tensor  # uint8 [n,C,H,W], on the device
+    labels: Tensor  # int64 [n]
+
+    def load(self, name: str) -> tuple[nn.Module, int]:
+        """The network of ``<name>.safetensors`` in eval mode, and its epoch."""
+        return load_network(self.folder / f"{name}.safetensors", self.images.device)
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What the files of an evaluation hold."""
+
+    evidence: dict[str, dict[str, Evidence]]  # by checkpoint ("best", "last") and attack
+    header: dict[str, Any]  # of the metrics: epochs, warnings
+    union: dict[str, Accuracy] = field(default_factory=dict)  # AutoAttack's on the first n images, by "n<n>"
+    sanity: dict[str, Any] | None = None  # content of metrics/sanity, if the evaluation was checked
+
+    @property
+    def warnings(self) -> list[str]:
+        """What the user should see at once: the attack's own warnings, checks that failed."""
+        checks = self.sanity["checks"] if self.sanity else {}
+        failed = [f"FAILED {name}" for name, each in checks.items() if not each["passed"]]
+        return [*self.header.get("warnings", []), *failed]
+
+
+Evaluate = Callable[[TrainedNetworks, Spec, Chunks], Evaluation]
+
+
+def trained_networks(run: Run, kind: str, spec: Attack | AutoAttack, device: torch.device) -> TrainedNetworks:
+    """The networks of ``run`` and the test images of its setting, on ``device``.
+
+    Raises :class:`UserError` if ``spec``, the section ``kind`` of the setting, wants more test images than
+    there are, or if the target is missing or damaged.
+    """
+    data = Path("data", f"{run.setting}.safetensors")
+    test, wanted = load(data, device), max(spec.n) if isinstance(spec, AutoAttack) else spec.n or 0
+    if wanted > (available := len(test.test_images)):
+        key = f"study.{run.setting}.{kind}.n"
+        raise UserError(f"{key}: {wanted} is more than the {available} test images that there are")
+    networks = TrainedNetworks(run.path("models"), data, test.test_images, test.test_labels)
+    networks.load("target")  # only to see that it can be
+    return networks
+
+
+def run_evaluation(record: RunRecord, spec: Spec, machine: Machine, evaluate: Evaluate[Spec]) -> int:
+    """``evaluate`` the networks of the record's run, from where it was stopped; write ``metrics/<kind>``.
+
+    Returns the exit status. Finished chunks are used again with the same code, data and weights only.
+    """
+    device = environment.device_of(machine)
+    networks = trained_networks(record.run, record.kind, spec, device)
+    key = resume_key(
+        {
+            record.kind: spec.model_dump_json(exclude={"n", "workers"}),  # chunks are good for any of them
+            "data": sha256(networks.data),
+            "models": ",".join(sha256(path) for path in sorted(networks.folder.glob("*.safetensors"))),
+            "code": code_key(record.kind),
+            "package": version("pyautoattack"),
+            **environment.fingerprint(device),
+        }
+    )
+    with _store_of_all(key, device) as store, graceful_stop() as stop:
+        stopped = partial(_stopped, stop, store.folder / STOP)
+        chunks = Chunks(store.load_piece, store.save_piece, stopped, shared=True)
+        try:
+            if distributed.rank() == 0:
+                _evaluate_and_write(record, spec, store, networks, chunks, evaluate)
+            else:
+                evaluate(networks, spec, chunks)
+                distributed.leave()
+        except StoppedError:
+            return INTERRUPTED
+    return 0
+
+
+def _evaluate_and_write(
+    record: RunRecord,
+    spec: Spec,
+    store: ResumeStore,
+    networks: TrainedNetworks,
+    chunks: Chunks,
+    evaluate: Evaluate[Spec],
+) -> None:
+    """What the first or only process does; all calls of tracker, record and progress bar are here."""
+    run, weights = record.run, networks.folder / "target.safetensors"
+    sha = sha256(weights)
+    tags = {"stage": record.kind, "model.sha256": sha}
+    tracker = Tracker(run.setting, f"{run.method}-{run.seed}", tags=tags, params=spec.model_dump())
+    with tracker:
+        tracker.begin(store.token)
+        try:
+            with _progress(chunks, f"{run.setting} {run.method} {record.kind}") as observed:
+                evaluation = evaluate(networks, spec, observed)
+        except StoppedError:
+            tracker.finish("KILLED", timeout=0)
+            print("stopped; the finished chunks are kept for the next run", file=sys.stderr)
+            raise
+        distributed.leave()
+        header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": sha, **evaluation.header}
+        header["trained_in"] = trained_in(weights)
+        accuracies = write_evaluation(run, record.kind, header, evaluation)
+        checked = {} if evaluation.sanity is None else {"failed_checks": len(evaluation.warnings)}
+        tracker.metrics(0, {**accuracies, **checked})
+        record.write(
+            **environment.record(networks.images.device),
+            processes=distributed.size(),
+            resumed=store.resumed,
+            model_sha256=sha,
+            mlflow_run_id=tracker.finish(),
+        )
+        store.clear()  # the very last: until then a kill costs no chunk
+    print("  ".join(f"{name} {value:.2f}" for name, value in accuracies.items()))
+    for warning in evaluation.warnings:
+        print(warning)
+
+
+def write_evaluation(run: Run, kind: str, header: dict[str, Any], evaluation: Evaluation) -> dict[str, float]:
+    """Write metrics, verdicts and witness to ``metrics/<kind>``, the checks' outcome to ``metrics/sanity``.
+
+    Metrics and checks begin with ``header``. Returns what a reader wants to see first, accuracies in percent
+    by name: AutoAttack's union, else those of the checkpoint "best".
+    """
+    accuracies: dict[str, dict[str, Accuracy]] = {}
+    verdicts: dict[str, dict[str, Any]] = {}
+    witness: dict[str, Tensor] = {}
+    for checkpoint, by_attack in evaluation.evidence.items():
+        accuracies[checkpoint], verdicts[checkpoint] = {}, {}
+        for name, each in by_attack.items():
+            robust = each.robust.tolist()
+            accuracies[checkpoint][name] = accuracy(robust)
+            verdicts[checkpoint][name] = {"n": len(robust), "robust": encode(robust)}
+            if name != "clean":
+                witness[f"{checkpoint}/{name}/indices"] = each.indices
+                witness[f"{checkpoint}/{name}/images"] = each.images
+    union = {"aa": evaluation.union} if evaluation.union else {}
+    save_weights(run.path(f"metrics/{kind}", ".witness.safetensors"), witness, {})
+    write_json(run.path(f"metrics/{kind}", ".verdicts.json"), verdicts)
+    write_json(run.path(f"metrics/{kind}", ".json"), {**header, **accuracies, **union})
+    if evaluation.sanity is not None:
+        write_json(run.path("metrics/sanity", ".json"), {**header, **evaluation.sanity})
+    return {name: each["accuracy"] for name, each in (evaluation.union or accuracies["best"]).items()}
+
+
+@contextmanager
+def _progress(chunks: Chunks, label: str) -> Iterator[Chunks]:
+    """``chunks`` with a progress bar on a terminal, a line for each new one otherwise."""
+    terminal = sys.stderr.isatty()
+    with tqdm(desc=label, unit="chunk", leave=False, disable=not terminal) as bar:
+
+        def expect(count: int) -> None:
+            bar.total = (bar.total or 0) + count
+
+        def notify(name: str) -> None:
+            bar.update()
+            bar.set_postfix_str(name)
+            if not terminal:
+                print(f"{label}: {name}", flush=True)
+
+        yield replace(chunks, notify=notify, expect=expect)
+
+
+@contextmanager
+def _store_of_all(key: str, device: torch.device) -> Iterator[ResumeStore]:
+    """The resume state ``key``, which the first process holds and the others read and add to."""
+    with ResumeStore(key) if distributed.rank() == 0 else nullcontext() as held:
+        if held:
+            (held.folder / STOP).unlink(missing_ok=True)
+        distributed.join(device)  # the others begin when the store is known to be this run's own
+        name = distributed.from_first({"key": held.folder.name} if held else None)
+        assert name is not None
+        yield held or ResumeStore(name["key"])
+
+
+def _stopped(stop: StopRequested, flag: Path) -> bool:
+    """Whether this process or, by the file ``flag``, another one has been asked to leave."""
+    if distributed.size() == 1:
+        return stop.requested
+    if stop.requested:
+        flag.touch()
+    return flag.exists()
