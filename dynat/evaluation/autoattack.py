@@ -66,10 +66,7 @@ def evaluate(
         x, y = to_unit(images[first : first + spec.batch]), labels[first : first + spec.batch]
         found, warnings = {"clean": clean(network, x, y)}, []
         evidence = found["clean"]
-        for name in STANDARD:
-            if name not in ensemble.attacks:
-                found[name] = evidence
-                continue
+        for name in ensemble.attacks:
             make = partial(ensemble.attack, name, x, y, evidence.robust)
             chunk = chunks.get(f"{name} {first}-{first + len(x)}", make, say)
             evidence = evidence.with_broken(chunk["broken"].to(x.device), chunk["images"].to(x.device))
@@ -85,7 +82,7 @@ def evaluate(
         if not share(work, spec.workers, chunks.notify, chunks.stopped):
             raise StoppedError
     parts = chunks.share([partial(attack, first, chunks.notify) for first in firsts])
-    found = {name: join([part[name] for part, _ in parts], images.device) for name in ("clean", *STANDARD)}
+    found = {name: join([part[name] for part, _ in parts], images.device) for name in parts[0][0]}
     warnings = ensemble.warnings + [warning for _, warned in parts for warning in warned]
     before, after = (found[name].robust.float().mean().item() for name in ("fab-t", "square"))
     if before - after > SQUARE_GAIN:

@@ -120,6 +120,7 @@ def test_own_data_may_have_fewer_classes_than_the_attack_has_targets(classes: in
     evidence = found["square"]
     assert (network(evidence.images).argmax(1) != truth[evidence.indices]).all()
     assert any("apgd-t needs four classes" in warning for warning in warnings) == (classes < 4)
+    assert ("apgd-t" in found) == (classes >= 4)
 
 
 def test_finished_chunks_are_not_run_again_and_change_nothing(
