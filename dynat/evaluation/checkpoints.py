@@ -1,5 +1,7 @@
 """The white-box attacks on both checkpoints of a method, and checks that their accuracies can be trusted."""
 
+from dataclasses import replace
+
 from dynat.config.params import Attack
 from dynat.evaluation.chunks import Chunk, Chunks
 from dynat.evaluation.evaluate import Evaluation, TrainedNetworks
@@ -16,8 +18,8 @@ def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks
     evidence, epochs = {}, {}
     for checkpoint, name, attacks in CHECKPOINTS:
         network, epochs[f"{checkpoint}_epoch"] = networks.load(name)
-        within = chunks.within(checkpoint)
-        evidence[checkpoint] = evaluate(network, images, labels, spec, attacks, within)
+        own = replace(chunks, prefix=f"{checkpoint} ")
+        evidence[checkpoint] = evaluate(network, images, labels, spec, attacks, own)
     if distributed.rank() > 0:
         return Evaluation(evidence, epochs)
 

@@ -6,8 +6,8 @@ the chunks and reads those of the others from the store, so the verdicts are tho
 
 from collections.abc import Callable, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, replace
-from typing import Any, Self, TypeVar
+from dataclasses import dataclass
+from typing import Any, TypeVar
 
 from torch import nn
 
@@ -35,10 +35,6 @@ class Chunks:
     expect: Callable[[int], None] = lambda count: None  # so many more chunks belong to the evaluation
     shared: bool = False  # between processes, all of which load what one of them saved
     prefix: str = ""  # of the names, so that two evaluations may share a store
-
-    def within(self, prefix: str) -> Self:
-        """The same with other names, those of the evaluation ``prefix``."""
-        return replace(self, prefix=f"{prefix} ")
 
     def get(self, name: str, make: Callable[[], Chunk], notify: Callable[[str], None] | None = None) -> Chunk:
         """The chunk ``name`` from the store, or made and kept now; StoppedError before making one."""

@@ -7,7 +7,6 @@ import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any, TypeVar
@@ -27,7 +26,7 @@ from dynat.runtime import distributed
 from dynat.runtime import machine as environment
 from dynat.runtime.closure import code_key
 from dynat.runtime.files import sha256, write_json
-from dynat.runtime.resume import ResumeStore, StopRequested, graceful_stop, resume_key
+from dynat.runtime.resume import ResumeStore, graceful_stop, resume_key
 from dynat.runtime.stage import INTERRUPTED, Run, RunRecord
 from dynat.runtime.tracking import Tracker
 
@@ -103,7 +102,14 @@ def run_evaluation(record: RunRecord, spec: Spec, machine: Machine, evaluate: Ev
         }
     )
     with _store_of_all(key, device) as store, graceful_stop() as stop:
-        stopped = partial(_stopped, stop, store.folder / STOP)
+        flag = store.folder / STOP
+
+        def stopped() -> bool:
+            """Whether this process or, by the file, another one has been asked to leave."""
+            if stop.requested and distributed.size() > 1:
+                flag.touch()
+            return stop.requested or (distributed.size() > 1 and flag.exists())
+
         chunks = Chunks(store.load_piece, store.save_piece, stopped, shared=True)
         try:
             if distributed.rank() == 0:
@@ -212,12 +218,3 @@ def _store_of_all(key: str, device: torch.device) -> Iterator[ResumeStore]:
         name = distributed.from_first({"key": held.folder.name} if held else None)
         assert name is not None
         yield held or ResumeStore(name["key"])
-
-
-def _stopped(stop: StopRequested, flag: Path) -> bool:
-    """Whether this process or, by the file ``flag``, another one has been asked to leave."""
-    if distributed.size() == 1:
-        return stop.requested
-    if stop.requested:
-        flag.touch()
-    return flag.exists()

@@ -48,8 +48,7 @@ def evaluate(
     crafting = fold(network)
     chunks.watch(crafting)  # a copy of this evaluation's own
 
-    def attack(first: int) -> Chunk:
-        part = slice(first, first + spec.batch)
+    def attack(part: slice) -> Chunk:
         x, y = to_unit(images[part]), labels[part]
         natural = clean(network, x, y)
         where = natural.robust.nonzero().squeeze(1)
@@ -57,14 +56,15 @@ def evaluate(
         found = {"clean": natural}
         for name, adversarial, robust in _attack(network, crafting, x[where], y[where], noise, spec, attacks):
             found[name] = natural.with_broken(where[~robust], adversarial[~robust])
-        return {name: vars(each.counted_from(first)) for name, each in found.items()}
+        return {name: vars(each.counted_from(part.start)) for name, each in found.items()}
+
+    def kept(first: int) -> Chunk:
+        last = min(first + spec.batch, len(images))
+        return chunks.get(f"{first}-{last}", lambda: attack(slice(first, last)))
 
     firsts = range(0, len(images), spec.batch)
-    names = [f"{first}-{min(first + spec.batch, len(images))}" for first in firsts]
     chunks.expect(len(firsts))
-    parts = chunks.share(
-        [partial(chunks.get, name, partial(attack, first)) for name, first in zip(names, firsts, strict=True)]
-    )
+    parts = chunks.share([partial(kept, first) for first in firsts])
     return {name: join([Evidence(**part[name]) for part in parts], images.device) for name in parts[0]}
 
 
@@ -88,10 +88,8 @@ def _attack(
         for steps, adversarial, robust in trajectory:
             yield f"pgd{steps}", adversarial, robust
     if "cw" in attacks:
-        ((_, adversarial, robust),) = pgd(
-            network, x, y, start, spec, [spec.cw_steps], engine.margin, crafting
-        )
-        yield "cw", adversarial, robust
+        trajectory = pgd(network, x, y, start, spec, [spec.cw_steps], engine.margin, crafting)
+        yield "cw", *trajectory[-1][1:]
     if "apgd-ce" in attacks:
         adversarial = apgd(crafting, x, y, noise, spec)
         yield "apgd-ce", adversarial, predict(network, adversarial) == y
@@ -124,20 +122,12 @@ def pgd(
         robust = robust.index_copy(0, suspects, predict(network, adversarial[suspects]) == y[suspects])
         return robust[alive]
 
+    ascend = partial(engine.ascend, crafting, epsilon=spec.epsilon, step=spec.step, steps=1)
     reports = []
     for step in range(max(counts)):
         alive, reached = robust.nonzero().squeeze(1), adversarial
         if len(alive):
-            moved = engine.ascend(
-                crafting,
-                objective(y[alive]),
-                x[alive],
-                adversarial[alive],
-                epsilon=spec.epsilon,
-                step=spec.step,
-                steps=1,
-                moving=still_robust,
-            )
+            moved = ascend(objective(y[alive]), x[alive], adversarial[alive], moving=still_robust)
             adversarial = adversarial.index_copy(0, alive, moved)
         if step in counts:
             reports.append((step, reached, robust))

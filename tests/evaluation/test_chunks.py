@@ -21,7 +21,7 @@ def test_a_finished_chunk_is_taken_from_the_store_and_only_a_new_one_is_notified
     kept: dict[str, Chunk] = {}
     made: list[int] = []
     notified: list[str] = []
-    chunks = Chunks(kept.get, kept.__setitem__, notify=notified.append).within("best")
+    chunks = Chunks(kept.get, kept.__setitem__, notify=notified.append, prefix="best ")
     for _ in range(2):
         assert [chunks.get(f"{n}", making(made, n)) for n in (3, 5)] == [{"number": 3}, {"number": 5}]
     assert list(kept) == notified == ["best 3", "best 5"]
