@@ -6,7 +6,8 @@ trusted, and the accuracy against epsilon. A failed check stops nothing: it mark
 """
 
 from dynat.runtime import machine as environment
-from dynat.runtime.stage import RunRecord, main, run_of_arguments
+from dynat.runtime.record import RunRecord
+from dynat.runtime.stage import main, run_of_arguments
 
 
 def stage() -> int:

@@ -5,7 +5,8 @@ every sample beside it, and the adversarial image of every broken sample.
 """
 
 from dynat.runtime import machine as environment
-from dynat.runtime.stage import RunRecord, main, run_of_arguments
+from dynat.runtime.record import RunRecord
+from dynat.runtime.stage import main, run_of_arguments
 
 
 def stage() -> int:

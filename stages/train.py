@@ -9,14 +9,14 @@ import sys
 from collections.abc import Iterator
 from typing import Any
 
-from tqdm import tqdm
-
 from dynat.errors import DivergedError, UserError
 from dynat.runtime import distributed
 from dynat.runtime import machine as environment
 from dynat.runtime.files import sha256
+from dynat.runtime.progress import watched
+from dynat.runtime.record import RunRecord
 from dynat.runtime.resume import ResumeStore, graceful_stop
-from dynat.runtime.stage import INTERRUPTED, Run, RunRecord, main, run_of_arguments
+from dynat.runtime.stage import INTERRUPTED, Run, main, run_of_arguments
 from dynat.runtime.tracking import Tracker
 
 
@@ -50,7 +50,7 @@ def stage() -> int:
 
         def watch(batches: Iterator[Any], count: int) -> Iterator[Any]:
             label = f"{run.setting} {run.method} epoch {training.progress.epoch + 1}"
-            yield from tqdm(batches, label, count, leave=False, disable=not sys.stderr.isatty())
+            return watched(batches, label, count)
 
         with graceful_stop() as stop:
             try:
@@ -67,7 +67,7 @@ def stage() -> int:
         tracker.tags({"model.sha256": model})
         run_id = tracker.finish()
         record.write(
-            **environment.record(training.engine.device),
+            training.engine.device,
             precision=training.precision,
             processes=distributed.size(),
             resumed=store.resumed,

@@ -13,7 +13,6 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
-from tqdm import tqdm
 
 from dynat.config.params import Attack, AutoAttack, Machine
 from dynat.data.splits import load
@@ -26,8 +25,10 @@ from dynat.runtime import distributed
 from dynat.runtime import machine as environment
 from dynat.runtime.closure import code_key
 from dynat.runtime.files import sha256, write_json
+from dynat.runtime.progress import counted
+from dynat.runtime.record import RunRecord
 from dynat.runtime.resume import ResumeStore, graceful_stop, resume_key
-from dynat.runtime.stage import INTERRUPTED, Run, RunRecord
+from dynat.runtime.stage import INTERRUPTED, Run
 from dynat.runtime.tracking import Tracker
 
 STOP = "stop"  # the file by which one of several processes makes the others leave with it
@@ -138,8 +139,8 @@ def _evaluate_and_write(
     with tracker:
         tracker.begin(store.token)
         try:
-            with _progress(chunks, f"{run.setting} {run.method} {record.kind}") as observed:
-                evaluation = evaluate(networks, spec, observed)
+            with counted(f"{run.setting} {run.method} {record.kind}", "chunk") as (notify, expect):
+                evaluation = evaluate(networks, spec, replace(chunks, notify=notify, expect=expect))
         except StoppedError:
             tracker.finish("KILLED", timeout=0)
             print("stopped; the finished chunks are kept for the next run", file=sys.stderr)
@@ -151,7 +152,7 @@ def _evaluate_and_write(
         checked = {} if evaluation.sanity is None else {"failed_checks": len(evaluation.warnings)}
         tracker.metrics(0, {**accuracies, **checked})
         record.write(
-            **environment.record(networks.images.device),
+            networks.images.device,
             processes=distributed.size(),
             resumed=store.resumed,
             model_sha256=sha,
@@ -188,24 +189,6 @@ def write_evaluation(run: Run, kind: str, header: dict[str, Any], evaluation: Ev
     if evaluation.sanity is not None:
         write_json(run.path("metrics/sanity", ".json"), {**header, **evaluation.sanity})
     return {name: each["accuracy"] for name, each in (evaluation.union or accuracies["best"]).items()}
-
-
-@contextmanager
-def _progress(chunks: Chunks, label: str) -> Iterator[Chunks]:
-    """``chunks`` with a progress bar on a terminal, a line for each new one otherwise."""
-    terminal = sys.stderr.isatty()
-    with tqdm(desc=label, unit="chunk", leave=False, disable=not terminal) as bar:
-
-        def expect(count: int) -> None:
-            bar.total = (bar.total or 0) + count
-
-        def notify(name: str) -> None:
-            bar.update()
-            bar.set_postfix_str(name)
-            if not terminal:
-                print(f"{label}: {name}", flush=True)
-
-        yield replace(chunks, notify=notify, expect=expect)
 
 
 @contextmanager

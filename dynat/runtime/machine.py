@@ -1,18 +1,16 @@
-"""Where a stage computes: pinned instruction set, threads, device, and the record of them.
+"""Where a stage computes: pinned instruction set, threads, device, compiler, precision.
 
 ``pin`` must run before torch is imported: oneDNN, MKL and ATen choose their kernels once, at first use.
 """
 
 import os
-import platform
 import shlex
 import shutil
 import subprocess
 import sys
 import sysconfig
-from importlib.metadata import version
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from dynat.config.params import Machine
 from dynat.config.recipe import Train
@@ -28,7 +26,6 @@ PINNED = {
     "MKL_DYNAMIC": "FALSE",
     "OMP_DYNAMIC": "FALSE",
 }
-PACKAGES = ("torch", "torchvision", "numpy", "pyautoattack", "scikit-learn", "safetensors", "dvc", "mlflow")
 
 
 def pin(machine: Machine) -> None:
@@ -132,25 +129,3 @@ def fingerprint(device: "torch.device") -> dict[str, str]:
         "threads": str(torch.get_num_threads()),
         "accelerator": accelerator,
     }
-
-
-def record(device: "torch.device") -> dict[str, Any]:
-    """The volatile circumstances of a run: hardware and versions, for ``metrics/runs``."""
-    return {
-        "hardware": {
-            "processor": _processor(),
-            "cores": os.cpu_count(),
-            "system": f"{platform.system()} {platform.machine()}",
-            "device": device.type,
-            **fingerprint(device),
-        },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
-    }
-
-
-def _processor() -> str:
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8") as lines:
-            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
-    except (OSError, StopIteration):
-        return platform.processor() or "unknown"

@@ -1,18 +1,13 @@
-"""What every stage script shares: one-line faults, a validated cell of the matrix, the record of a run."""
+"""What every stage script shares: one-line faults, a validated cell of the matrix, the key of the code."""
 
 import argparse
-import os
 import sys
-import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
 
 from dynat.config.params import Params, Study, load
 from dynat.errors import UserError
-from dynat.runtime.files import write_json
 
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal, the next run goes on from there
 
@@ -64,24 +59,3 @@ def run_of_arguments(description: str) -> Run:
     if arguments.method not in params.recipes:
         raise UserError(f"method {arguments.method!r} is not in params.yaml's recipes")
     return Run(arguments.setting, arguments.method, arguments.seed, params)
-
-
-class RunRecord:
-    """The volatile half of a result (time, hardware, versions, MLflow run), for ``metrics/runs``."""
-
-    def __init__(self, stage: str, run: Run) -> None:
-        self.kind, self.run = stage, run
-        self.path = Path("metrics/runs", stage) / run.path("").with_suffix(".json")
-        self.started, self.clock = datetime.now(UTC), time.monotonic()
-        self.values: dict[str, Any] = {
-            "stage": os.environ.get("DVC_STAGE", stage),
-            "experiment": os.environ.get("DVC_EXP_NAME"),
-            "baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
-            "seed": run.seed,
-        }
-
-    def write(self, **more: Any) -> None:
-        """Add what is known at the end and write the file."""
-        seconds = round(time.monotonic() - self.clock, 2)
-        started = self.started.isoformat(timespec="seconds")
-        write_json(self.path, {**self.values, "started": started, "seconds": seconds, **more})

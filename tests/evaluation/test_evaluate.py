@@ -15,7 +15,8 @@ from dynat.evaluation.evidence import Evidence
 from dynat.evaluation.verdicts import accuracy, decode
 from dynat.networks.weights import load_weights
 from dynat.runtime import machine as environment
-from dynat.runtime.stage import Run, RunRecord
+from dynat.runtime.record import RunRecord
+from dynat.runtime.stage import Run
 
 PARAMS = load(Path(__file__).parents[2] / "params.yaml")
 

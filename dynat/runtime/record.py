@@ -1,0 +1,61 @@
+"""The volatile record of a run, in ``metrics/runs``: time, hardware, versions. No output depends on it."""
+
+import os
+import platform
+import time
+from datetime import UTC, datetime
+from importlib.metadata import version
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from dynat.runtime.files import write_json
+from dynat.runtime.machine import fingerprint
+from dynat.runtime.stage import Run
+
+if TYPE_CHECKING:
+    import torch
+
+PACKAGES = ("torch", "torchvision", "numpy", "pyautoattack", "scikit-learn", "safetensors", "dvc", "mlflow")
+
+
+class RunRecord:
+    """The record of one stage of one run, begun with the stage and written at its end."""
+
+    def __init__(self, stage: str, run: Run) -> None:
+        self.kind, self.run = stage, run
+        self.path = Path("metrics/runs", stage) / run.path("").with_suffix(".json")
+        self.started, self.clock = datetime.now(UTC), time.monotonic()
+        self.values: dict[str, Any] = {
+            "stage": os.environ.get("DVC_STAGE", stage),
+            "experiment": os.environ.get("DVC_EXP_NAME"),
+            "baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
+            "seed": run.seed,
+        }
+
+    def write(self, device: "torch.device", **more: Any) -> None:
+        """Add hardware, versions and what else is known at the end, and write the file."""
+        seconds = round(time.monotonic() - self.clock, 2)
+        started = self.started.isoformat(timespec="seconds")
+        ran = {**self.values, "started": started, "seconds": seconds, **_circumstances(device)}
+        write_json(self.path, ran | more)
+
+
+def _circumstances(device: "torch.device") -> dict[str, Any]:
+    return {
+        "hardware": {
+            "processor": _processor(),
+            "cores": os.cpu_count(),
+            "system": f"{platform.system()} {platform.machine()}",
+            "device": device.type,
+            **fingerprint(device),
+        },
+        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+    }
+
+
+def _processor() -> str:
+    try:
+        with open("/proc/cpuinfo", encoding="utf-8") as lines:
+            return next(line.split(":", 1)[1].strip() for line in lines if line.startswith("model name"))
+    except (OSError, StopIteration):
+        return platform.processor() or "unknown"
