@@ -1,7 +1,8 @@
-"""How far a stage is: a bar on a terminal, plain lines otherwise. No output's byte depends on it."""
+"""How far a stage is: a bar on a terminal, plain lines otherwise. No output's byte depends on this module."""
 
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from typing import TypeVar
 
 from tqdm import tqdm
@@ -14,26 +15,22 @@ def watched(items: Iterator[Item], label: str, count: int) -> Iterator[Item]:
     yield from tqdm(items, label, count, leave=False, disable=not sys.stderr.isatty())
 
 
-class Counter:
-    """Parts of some work that are done: a bar on a terminal, else a line each on stdout."""
+@contextmanager
+def counted(label: str, unit: str) -> Iterator[tuple[Callable[[str], None], Callable[[int], None]]]:
+    """What to call with the name of each part that is finished, and with how many more there will be.
 
-    def __init__(self, label: str, unit: str) -> None:
-        self.label, self.terminal = label, sys.stderr.isatty()
-        self.bar = tqdm(desc=label, unit=unit, leave=False, disable=not self.terminal)
+    A bar on a terminal, else a line on stdout for each part.
+    """
+    terminal = sys.stderr.isatty()
+    with tqdm(desc=label, unit=unit, leave=False, disable=not terminal) as bar:
 
-    def __enter__(self) -> "Counter":
-        return self
+        def notify(part: str) -> None:
+            bar.update()
+            bar.set_postfix_str(part)
+            if not terminal:
+                print(f"{label}: {part}", flush=True)
 
-    def __exit__(self, *error: object) -> None:
-        self.bar.close()
+        def expect(count: int) -> None:
+            bar.total = (bar.total or 0) + count
 
-    def expect(self, count: int) -> None:
-        """There will be ``count`` more parts."""
-        self.bar.total = (self.bar.total or 0) + count
-
-    def done(self, part: str) -> None:
-        """One more part is finished."""
-        self.bar.update()
-        self.bar.set_postfix_str(part)
-        if not self.terminal:
-            print(f"{self.label}: {part}", flush=True)
+        yield notify, expect
