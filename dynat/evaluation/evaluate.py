@@ -111,7 +111,7 @@ def run_evaluation(record: RunRecord, spec: Spec, machine: Machine, evaluate: Ev
                 flag.touch()
             return stop.requested or (distributed.size() > 1 and flag.exists())
 
-        chunks = Chunks(store.load_piece, store.save_piece, stopped, shared=True)
+        chunks = Chunks(store.load_chunk, store.save_chunk, stopped, shared=True)
         try:
             if distributed.rank() == 0:
                 _evaluate_and_write(record, spec, store, networks, chunks, evaluate)

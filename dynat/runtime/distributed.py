@@ -84,16 +84,19 @@ def average(tensors: Sequence["Tensor"], count: int) -> None:
 
 
 def share_first(tensors: Iterable["Tensor"]) -> None:
-    """Replace ``tensors`` by those of the first process, in place."""
-    if size() == 1:
+    """Replace floating-point ``tensors``, of one type, by those of the first process, in place.
+
+    Others, such as the number of batches so far, are the same everywhere and left alone.
+    """
+    group = [tensor for tensor in tensors if tensor.is_floating_point()]
+    if size() == 1 or not group:
         return
     import torch
     import torch.distributed as dist
 
-    for group in _by_dtype(tensors):
-        flat = torch.cat([tensor.detach().flatten() for tensor in group])
-        dist.broadcast(flat, 0)
-        _spread(flat, group)
+    flat = torch.cat([tensor.detach().flatten() for tensor in group])
+    dist.broadcast(flat, 0)
+    _spread(flat, group)
 
 
 def anyone(flag: bool, meanwhile: Callable[[], object] | None = None) -> bool:
@@ -135,13 +138,6 @@ def from_first(state: dict[str, Any] | None) -> dict[str, Any] | None:
     dist.broadcast(data, 0)
     received = torch.load(io.BytesIO(data.numpy().tobytes()), map_location="cpu", weights_only=True)
     return state if rank() == 0 else received
-
-
-def _by_dtype(tensors: Iterable["Tensor"]) -> list[list["Tensor"]]:
-    groups: dict[torch.dtype, list[Tensor]] = {}
-    for tensor in tensors:
-        groups.setdefault(tensor.dtype, []).append(tensor)
-    return list(groups.values())
 
 
 def _spread(flat: "Tensor", tensors: Sequence["Tensor"]) -> None:

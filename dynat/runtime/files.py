@@ -12,7 +12,6 @@ import math
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from glob import escape
 from pathlib import Path
 from typing import Any
 
@@ -89,10 +88,9 @@ def digest(value: Any) -> str:
 @contextmanager
 def atomic(path: Path) -> Iterator[io.BufferedRandom]:
     """A file to write that takes the place of ``path`` when the block ends, and only if nothing failed."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
+    temporary = path.with_name(f".{path.name}.tmp")  # what a killed process left of it is overwritten
     with explained(path):
         path.parent.mkdir(parents=True, exist_ok=True)
-        _sweep(path)
         try:
             with open(temporary, "w+b") as file:
                 yield file
@@ -103,23 +101,9 @@ def atomic(path: Path) -> Iterator[io.BufferedRandom]:
             temporary.unlink(missing_ok=True)
             raise
         folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-        try:
-            with suppress(OSError):  # some network file systems cannot sync a folder
-                os.fsync(folder)
-        finally:
-            os.close(folder)
-
-
-def _sweep(path: Path) -> None:
-    """Remove what killed processes left of their attempts to write ``path``."""
-    for left in path.parent.glob(f".{escape(path.name)}.*.tmp"):
-        pid = left.name.split(".")[-2]
-        try:
-            os.kill(int(pid), 0)
-        except (ProcessLookupError, ValueError, OverflowError):
-            left.unlink(missing_ok=True)
-        except PermissionError:  # alive, someone else's
-            continue
+        with suppress(OSError):  # some network file systems cannot sync a folder
+            os.fsync(folder)
+        os.close(folder)
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 Nothing is unpickled: state is read by ``torch.load(weights_only=True)`` after its SHA-256 has been checked.
 """
 
-import errno
-import fcntl
 import hashlib
 import io
 import os
@@ -13,17 +11,19 @@ import signal
 import sys
 import uuid
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import Any, Self
 from urllib.parse import quote
 
+from filelock import FileLock, Timeout
+
 from dynat.errors import UserError
-from dynat.runtime.files import ADVICE, atomic, digest, explained, write_atomically
+from dynat.runtime.files import atomic, digest, explained, write_atomically
 
 DIGEST_BYTES = hashlib.sha256().digest_size
-SPACE_FACTOR = 3  # two generations and the one being written
+LOCK_S = 1.0  # how long a lock is waited for: the workers of a process that was killed end a moment later
 
 
 def resume_key(parts: Mapping[str, str]) -> str:
@@ -41,7 +41,7 @@ class ResumeStore:
     Use it in a ``with``; a second process is refused with the first one's pid. In a temporary workspace of
     DVC it gets a folder of its own, ``<key>-2``: two experiments of a queue may need the same stage.
     ``token`` is a random name that the folder keeps from the first start until :meth:`clear`, ``resumed``
-    counts the starts after it. Helpers of the process that holds the store keep and read pieces without the
+    counts the starts after it. Helpers of the process that holds the store keep and read chunks without the
     ``with``.
     """
 
@@ -49,120 +49,80 @@ class ResumeStore:
         self._root = Path(os.environ.get("DVC_ROOT", "")).resolve()
         self.folder = self._root / ".dvc" / "tmp" / "dynat" / key
         self.token, self.resumed = "", 0
-        self._lock = -1
-        self._good: Path | None = None  # the newest generation known to be sound
 
     def __enter__(self) -> Self:
-        self._lock = self._take_lock()
-        try:
-            self._count_start()
-        except BaseException:
-            os.close(self._lock)
-            raise
-        return self
-
-    def __exit__(self, *error: object) -> None:
-        os.close(self._lock)
-
-    def _take_lock(self) -> int:
         key, number = self.folder.name, 1
         while True:
             try:
-                with explained(self.folder):
-                    return _lock(self.folder / "lock")
+                self._lock = _locked(self.folder)
+                break
             except AlreadyRunningError:
                 if Path.cwd().resolve() == self._root:
                     raise
             number += 1
             self.folder = self.folder.with_name(f"{key}-{number}")
+        try:
+            self._count_start()
+        except BaseException:
+            self._lock.release()
+            raise
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self._lock.release()
+
+    def __deepcopy__(self, memo: object) -> Self:
+        return self  # of a network whose hooks refer to it
 
     def _count_start(self) -> None:
         path = self.folder / "token"
         self.token = uuid.uuid4().hex
         if path.exists():
             try:
-                name, resumed = path.read_text().split()
-                self.token, self.resumed = name, int(resumed) + 1
+                self.token, resumed, _ = path.read_text().split()
+                self.resumed = int(resumed) + 1
             except ValueError:
                 print(f"{path}: damaged; the MLflow run and the count of resumes begin anew", file=sys.stderr)
-        write_atomically(path, f"{self.token} {self.resumed}".encode())
+        write_atomically(path, f"{self.token} {self.resumed} {os.getpid()}".encode())
 
     @property
     def last_good(self) -> str:
         """Where a training can go on from, for the end of an error message."""
-        return f"the last good state is {self._good}" if self._good else "no earlier state was saved"
+        path = self.folder / "state.pt"
+        return f"the last good state is {path}" if path.exists() else "no earlier state was saved"
 
     def save(self, state: dict[str, Any]) -> None:
-        """Add a generation: tensors, numbers, strings, None, lists and dicts of them.
+        """Replace the state: tensors, numbers, strings, None, lists and dicts of them.
 
-        The generation before stays, older ones go once the new one has been read back. Raises
-        :class:`UserError`, which names the last good state, when there is no room for three of it.
+        Raises :class:`UserError`, which names the last good state, if it cannot be written.
         """
-        numbers = [int(old.stem.removeprefix("state-")) for old in self._generations()]
-        path = self.folder / f"state-{max(numbers, default=0) + 1:08d}.pt"
-        last = self.last_good
-        with explained(self.folder):
-            self.folder.mkdir(parents=True, exist_ok=True)  # whatever cleaned up around us
-            need, free = SPACE_FACTOR * _size(state), shutil.disk_usage(self.folder).free
-        if free < need:
-            room = f"{free >> 20} MiB are free, {need >> 20} MiB needed"
-            raise UserError(f"{path}: {room}; {ADVICE[errno.ENOSPC]}; {last}")
         try:
-            _write_state(path, state)
-            _read_state(path)
+            _write(self.folder / "state.pt", state)
         except UserError as error:
-            raise UserError(f"{error}; {last}") from error
-        except DamagedError as error:
-            path.unlink()
-            raise UserError(f"{path}: cannot be read back ({error}); check that disk; {last}") from error
-        if self._good is not None:
-            for old in self._generations():
-                if old not in (path, self._good):
-                    old.unlink()
-        self._good = path
+            raise UserError(f"{error}; {self.last_good}") from error
 
     def load(self) -> dict[str, Any] | None:
-        """The newest sound generation, tensors on the CPU, or None; each damaged one is a line on stderr."""
-        for path in self._generations():
-            try:
-                state = _read_state(path)
-            except DamagedError as error:
-                print(f"{path}: damaged ({error}); going back one generation", file=sys.stderr)
-            else:
-                self._good = path
-                return state
-        return None
+        """The state, tensors on the CPU; None if there is none or it is damaged (a line on stderr)."""
+        return _read(self.folder / "state.pt", "starting anew")
 
-    def save_piece(self, name: str, state: dict[str, Any]) -> None:
-        """Keep a finished part of the work, such as one attack on one chunk, under ``name``."""
+    def save_chunk(self, name: str, state: dict[str, Any]) -> None:
+        """Keep a finished part of the work, such as one attack on some images, under ``name``."""
         try:
-            _write_state(self._piece(name), state)
+            _write(self._chunk(name), state)
         except UserError as error:
             raise UserError(f"{error}; the parts finished before are kept in {self.folder}") from error
 
-    def load_piece(self, name: str) -> dict[str, Any] | None:
+    def load_chunk(self, name: str) -> dict[str, Any] | None:
         """The part kept under ``name``, or None if there is none or it is damaged (a line on stderr)."""
-        path = self._piece(name)
-        try:
-            return _read_state(path) if path.exists() else None
-        except DamagedError as error:
-            print(f"{path}: damaged ({error}); doing this part again", file=sys.stderr)
-            return None
+        return _read(self._chunk(name), "doing this part again")
 
     def clear(self) -> None:
         """Remove everything, once the stage's outputs are in place."""
-        for path in sorted(self.folder.iterdir()):  # the newest generation after the older ones
-            if path.name != "lock":
-                path.unlink()
-        (self.folder / "lock").unlink()
-        with suppress(OSError):  # the next process may have moved in
-            self.folder.rmdir()
+        (self.folder / "state.pt").unlink(missing_ok=True)  # first: it goes at once, a folder in steps
+        shutil.rmtree(self.folder)
 
-    def _generations(self) -> list[Path]:
-        return sorted(self.folder.glob(f"state-{8 * '[0-9]'}.pt"), reverse=True)
-
-    def _piece(self, name: str) -> Path:
-        return self.folder / f"piece-{quote(name, safe='')}.pt"
+    def _chunk(self, name: str) -> Path:
+        return self.folder / f"chunk-{quote(name, safe='')}.pt"
 
 
 class StopRequested:
@@ -194,62 +154,43 @@ def graceful_stop() -> Iterator[StopRequested]:
             signal.signal(signum, handler)
 
 
-class DamagedError(Exception):
-    """A resume file is not what was written."""
-
-
-def _write_state(path: Path, state: dict[str, Any]) -> None:
+def _write(path: Path, state: dict[str, Any]) -> None:
     import torch
 
+    content = io.BytesIO()
+    torch.save(state, content)
     with atomic(path) as file:
-        try:
-            torch.save(state, file)
-        except RuntimeError as error:  # what torch makes of a write that failed, when it closes its archive
-            raise error.__context__ if isinstance(error.__context__, OSError) else error from None
-        file.seek(0)
-        file.write(hashlib.file_digest(file, "sha256").digest())  # behind the content, which it has just read
+        file.write(hashlib.sha256(content.getbuffer()).digest())
+        file.write(content.getbuffer())
 
 
-def _read_state(path: Path) -> dict[str, Any]:
+def _read(path: Path, remedy: str) -> dict[str, Any] | None:
     import torch
 
+    if not path.exists():
+        return None
     with explained(path):
         data = memoryview(path.read_bytes())
-    content, digest = data[:-DIGEST_BYTES], data[-DIGEST_BYTES:]
-    if hashlib.sha256(content).digest() != digest:
-        raise DamagedError("its SHA-256 does not fit")
+    written, content = data[:DIGEST_BYTES], data[DIGEST_BYTES:]
     try:
+        if hashlib.sha256(content).digest() != written:
+            raise ValueError("its SHA-256 does not fit")
         return dict(torch.load(io.BytesIO(content), map_location="cpu", weights_only=True))
     except Exception as error:  # torch raises half a dozen types here
-        raise DamagedError(str(error).splitlines()[0]) from error
+        print(f"{path}: damaged ({str(error).splitlines()[0]}); {remedy}", file=sys.stderr)
+        return None
 
 
-def _lock(path: Path) -> int:
-    """Open ``path`` and hold it locked; the lock goes with the process, however it ends."""
-    while True:
-        path.parent.mkdir(parents=True, exist_ok=True)
+def _locked(folder: Path) -> FileLock:
+    """Make ``folder`` and hold it locked; the lock goes with the process, however it ends."""
+    with explained(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(folder / "lock")
         try:
-            lock = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-        except FileNotFoundError:  # another process cleared the folder just now
-            continue
-        try:
-            fcntl.lockf(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)  # not flock: forked workers would hold it too
-            if os.path.exists(path) and os.path.samestat(os.fstat(lock), os.stat(path)):
-                os.ftruncate(lock, 0)
-                os.write(lock, str(os.getpid()).encode())
-                return lock
-        except BlockingIOError as error:
-            pid = os.read(lock, 20).decode() or "unknown"
-            os.close(lock)
-            message = f"this stage already runs as process {pid}; wait for it or stop it ({path})"
+            lock.acquire(LOCK_S)
+        except Timeout as error:
+            token = folder / "token"
+            pid = token.read_text().split()[-1] if token.exists() else "unknown"
+            message = f"this stage already runs as process {pid}; wait for it or stop it ({folder})"
             raise AlreadyRunningError(message) from error
-        except BaseException:
-            os.close(lock)
-            raise
-        os.close(lock)
-
-
-def _size(value: Any) -> int:
-    """Bytes of the tensors in nested dicts and lists."""
-    nested = value.values() if isinstance(value, dict) else value if isinstance(value, list | tuple) else ()
-    return sum(map(_size, nested)) + int(getattr(value, "nbytes", 0))
+    return lock

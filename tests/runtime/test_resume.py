@@ -1,4 +1,4 @@
-"""Resume state: killed at any moment, damaged, or wanted by two, it is still right or absent."""
+"""Resume state: killed at any moment, damaged, or wanted by two, it is right or absent; and its signals."""
 
 import errno
 import os
@@ -10,7 +10,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
@@ -90,13 +89,13 @@ def killed_at_every_call(*, prepare: Action, work: Action, check: Action) -> int
     raise AssertionError("the work never ended")
 
 
-def test_two_generations_are_kept_and_the_newest_is_loaded(root: Path) -> None:
+def test_the_newest_state_is_loaded_and_the_only_one(root: Path) -> None:
     with ResumeStore("key") as store:
         assert store.load() is None
         for step in range(5):
             store.save(full(step))
         assert_is(store.load(), 4)
-        assert len(list(store.folder.glob("state-*"))) == 2
+        assert sorted(os.listdir(store.folder)) == ["lock", "state.pt", "token"]
     with ResumeStore("key") as store:
         assert store.folder == root / ".dvc" / "tmp" / "dynat" / "key"
         assert_is(store.load(), 4)
@@ -119,37 +118,20 @@ def flipped(path: Path) -> None:
 
 
 @pytest.mark.parametrize("damage", [truncated, emptied, flipped])
-def test_a_damaged_newest_generation_falls_back_one_and_says_so(
+def test_a_damaged_state_starts_anew_and_says_so(
     damage: Callable[[Path], None], capsys: pytest.CaptureFixture[str]
 ) -> None:
     with ResumeStore("key") as store:
         store.save(full(1))
-        store.save(full(2))
-        older, newest = sorted(store.folder.glob("state-*"))
-        damage(newest)
+        path = store.folder / "state.pt"
+        damage(path)
     with ResumeStore("key") as store:
-        assert_is(store.load(), 1)
-        warning = capsys.readouterr().err
-        assert warning.count("\n") == 1
-        assert str(newest) in warning
-        assert "damaged" in warning
-        store.save(full(2))
-        assert older.exists(), "the sound generation must stay until two newer sound ones are there"
-        assert_is(store.load(), 2)
-        store.save(full(3))
-        assert not older.exists()
-        assert_is(store.load(), 3)
-    assert capsys.readouterr().err == ""
-
-
-def test_state_that_is_damaged_altogether_starts_anew_and_says_so(capsys: pytest.CaptureFixture[str]) -> None:
-    with ResumeStore("key") as store:
-        for step in range(3):
-            store.save(full(step))
-        for path in store.folder.glob("state-*"):
-            truncated(path)
         assert store.load() is None
-    assert capsys.readouterr().err.count("damaged (") == 2
+        warning = capsys.readouterr().err
+        assert warning == f"{path}: damaged (its SHA-256 does not fit); starting anew\n"
+        store.save(full(2))
+        assert_is(store.load(), 2)
+    assert capsys.readouterr().err == ""
 
 
 class Payload:
@@ -160,35 +142,9 @@ class Payload:
 def test_a_payload_in_resume_state_is_never_executed(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     with ResumeStore("key") as store:
-        resume._write_state(store.folder / "state-00000001.pt", {"step": 1, "evil": Payload()})
+        store.save({"step": 1, "evil": Payload()})
         assert store.load() is None
     assert not (tmp_path / "executed").exists()
-
-
-def test_state_that_could_not_be_read_back_is_refused_and_the_last_good_one_named() -> None:
-    with ResumeStore("key") as store:
-        store.save(full(1))
-        (good,) = store.folder.glob("state-*")
-        with pytest.raises(UserError, match=f"cannot be read back.*the last good state is {good}"):
-            store.save({"accuracy": np.float64(51.0)})
-        assert list(store.folder.glob("state-*")) == [good]
-        assert_is(store.load(), 1)
-
-
-def test_without_room_for_three_states_nothing_is_written_and_the_last_good_one_named(
-    monkeypatch: pytest.MonkeyPatch,
-) -> None:
-    state = full(1) | {"large": torch.zeros(1 << 20)}
-    with ResumeStore("key") as store:
-        store.save(state)
-        before = sorted(os.listdir(store.folder))
-        usage = type("Usage", (), {"free": 3 * (4 << 20) - 1})
-        monkeypatch.setattr("shutil.disk_usage", lambda path: usage)
-        with pytest.raises(
-            UserError, match=r"free space on that disk.*last good state is .*state-00000001\.pt"
-        ):
-            store.save(state)
-        assert sorted(os.listdir(store.folder)) == before
 
 
 def test_a_disk_that_fills_up_during_a_save_leaves_the_last_good_state_and_names_it(
@@ -201,10 +157,10 @@ def test_a_disk_that_fills_up_during_a_save_leaves_the_last_good_state_and_names
         store.save(full(1))
         with monkeypatch.context() as patch:
             patch.setattr(os, "fsync", refuse)
-            with pytest.raises(UserError, match=r"No space left.*last good state is .*state-00000001\.pt"):
+            with pytest.raises(UserError, match=r"No space left.*last good state is .*state\.pt"):
                 store.save(full(2))
         assert_is(store.load(), 1)
-        assert sorted(os.listdir(store.folder)) == ["lock", "state-00000001.pt", "token"]
+        assert sorted(os.listdir(store.folder)) == ["lock", "state.pt", "token"]
 
 
 @forks
@@ -334,7 +290,7 @@ def test_the_token_lasts_until_the_stage_is_done_and_the_starts_are_counted() ->
         first = store.token
         assert store.resumed == 0
         store.save(full(1))
-        store.save_piece("square-0", full(1))
+        store.save_chunk("square-0", full(1))
     with ResumeStore("key") as store:
         assert store.token == first
         assert store.resumed == 1
@@ -346,33 +302,68 @@ def test_the_token_lasts_until_the_stage_is_done_and_the_starts_are_counted() ->
         assert store.token != first
         assert store.resumed == 0
         assert store.load() is None
-        assert store.load_piece("square-0") is None
+        assert store.load_chunk("square-0") is None
 
 
-def test_pieces_are_kept_by_name_and_a_damaged_one_is_done_again(capsys: pytest.CaptureFixture[str]) -> None:
+def test_chunks_are_kept_by_name_and_a_damaged_one_is_done_again(capsys: pytest.CaptureFixture[str]) -> None:
     names = ["apgd-ce-0", "apgd-ce-00", "../escape", "a/b"]
     with ResumeStore("key") as store:
         for step, name in enumerate(names):
-            assert store.load_piece(name) is None
-            store.save_piece(name, full(step))
+            assert store.load_chunk(name) is None
+            store.save_chunk(name, full(step))
     with ResumeStore("key") as store:
         for step, name in enumerate(names):
-            assert_is(store.load_piece(name), step)
-        assert len(list(store.folder.glob("piece-*"))) == len(names)
-        truncated(next(store.folder.glob("piece-apgd-ce-00.*")))
+            assert_is(store.load_chunk(name), step)
+        assert len(list(store.folder.glob("chunk-*"))) == len(names)
+        truncated(next(store.folder.glob("chunk-apgd-ce-00.*")))
         assert capsys.readouterr().err == ""
-        assert store.load_piece("apgd-ce-00") is None
+        assert store.load_chunk("apgd-ce-00") is None
         assert capsys.readouterr().err.count("damaged (") == 1
-        assert_is(store.load_piece("apgd-ce-0"), 0)
+        assert_is(store.load_chunk("apgd-ce-0"), 0)
 
 
-def test_a_damaged_token_is_said_and_replaced_and_the_pieces_stay(capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_damaged_token_is_said_and_replaced_and_the_chunks_stay(capsys: pytest.CaptureFixture[str]) -> None:
     for damage in (b"", b"\xff\xfe", b"name", b"name count"):
         with ResumeStore("key") as store:
-            store.save_piece("one", full(1))
+            store.save_chunk("one", full(1))
         (store.folder / "token").write_bytes(damage)
         with ResumeStore("key") as store:
             assert len(store.token) == 32
             assert store.resumed == 0
-            assert_is(store.load_piece("one"), 1)
+            assert_is(store.load_chunk("one"), 1)
         assert capsys.readouterr().err.count("token: damaged") == 1
+
+
+def test_resume_key_changes_with_every_part_and_not_with_their_order() -> None:
+    parts = {"params": "a", "data": "b", "code": "c"}
+    key = resume.resume_key(parts)
+    assert resume.resume_key(dict(reversed(parts.items()))) == key
+    others = [{**parts, name: "x"} for name in parts] + [
+        {"params": "a"},
+        {"params": "ab", "data": "", "code": "c"},
+    ]
+    assert len({key, *(resume.resume_key(other) for other in others)}) == 6
+
+
+@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
+def test_a_first_signal_only_asks_to_stop_and_handlers_are_restored(signum: signal.Signals) -> None:
+    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
+    with resume.graceful_stop() as stop:
+        states = [stop.requested]
+        os.kill(os.getpid(), signum)
+        states.append(stop.requested)
+        os.kill(os.getpid(), signal.SIGTERM)
+    assert states == [False, True]
+    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
+
+
+def test_a_second_interrupt_breaks_off_at_once() -> None:
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
+    try:
+        with resume.graceful_stop():
+            os.kill(os.getpid(), signal.SIGINT)
+            with pytest.raises(KeyboardInterrupt):
+                os.kill(os.getpid(), signal.SIGINT)
+        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
+    finally:
+        signal.signal(signal.SIGINT, before)

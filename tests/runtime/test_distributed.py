@@ -194,8 +194,8 @@ def test_one_stopped_process_of_an_evaluation_takes_the_others_along(repository:
     assert process.stdout
     while "autoattack: " not in process.stdout.readline():
         assert process.poll() is None
-    (lock,) = (repository / ".dvc/tmp/dynat").glob("?" * 64 + "/lock")
-    first = int(lock.read_text())
+    (token,) = (repository / ".dvc/tmp/dynat").glob("?" * 64 + "/token")
+    first = int(token.read_text().split()[-1])
     children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text().split()
     (other,) = [pid for pid in map(int, children) if pid != first and is_stage(pid)]
     begun = time.monotonic()
@@ -205,7 +205,7 @@ def test_one_stopped_process_of_an_evaluation_takes_the_others_along(repository:
     assert process.returncode != 0
     assert said.count("stopped; the finished chunks are kept") == 1
     assert not (repository / "metrics/autoattack").exists()
-    assert list(lock.parent.glob("piece-*"))
+    assert list(token.parent.glob("chunk-*"))
 
 
 def is_stage(pid: int) -> bool:
