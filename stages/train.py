@@ -37,11 +37,11 @@ def stage() -> int:
 
     training, metadata, key = set_up(run)
     with ResumeStore(key) as store, tracker:
-        tracker.begin(store.token)
         if state := distributed.from_first(store.load()):
             training.restore(state["training"])
             record.values["resumed_from_epoch"] = training.progress.epoch
             print(f"resumed after epoch {training.progress.epoch - 1}")
+        tracker.begin(store.token, training.progress.history)
 
         def after_epoch(row: dict[str, float]) -> None:
             store.save({"training": training.state()})
@@ -59,7 +59,7 @@ def stage() -> int:
                 raise UserError(f"{error}; {store.last_good}") from None
         distributed.leave()
         if not done:
-            tracker.finish("KILLED", timeout=0)
+            tracker.finish("KILLED")
             print(f"stopped; epoch {training.progress.epoch} starts again at the next run", file=sys.stderr)
             return INTERRUPTED
         training.write(run.path("models"), metadata)

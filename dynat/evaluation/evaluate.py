@@ -137,15 +137,20 @@ def _evaluate_and_write(
     tags = {"stage": record.kind, "model.sha256": sha}
     tracker = Tracker(run.setting, f"{run.method}-{run.seed}", tags=tags, params=spec.model_dump())
     with tracker:
-        tracker.begin(store.token)
         try:
-            with counted(f"{run.setting} {run.method} {record.kind}", "chunk") as (notify, expect):
+            with counted(f"{run.setting} {run.method} {record.kind}", "chunk") as (count, expect):
+
+                def notify(chunk: str) -> None:
+                    tracker.begin(store.token)  # not before: no process may be forked after it
+                    count(chunk)
+
                 evaluation = evaluate(networks, spec, replace(chunks, notify=notify, expect=expect))
         except StoppedError:
-            tracker.finish("KILLED", timeout=0)
+            tracker.finish("KILLED")
             print("stopped; the finished chunks are kept for the next run", file=sys.stderr)
             raise
         distributed.leave()
+        tracker.begin(store.token)
         header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": sha, **evaluation.header}
         header["trained_in"] = trained_in(weights)
         accuracies = write_evaluation(run, record.kind, header, evaluation)

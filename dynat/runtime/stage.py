@@ -1,6 +1,7 @@
 """What every stage script shares: one-line faults, a validated cell of the matrix, the key of the code."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,16 +35,15 @@ class Run:
 def main(stage: Callable[[], int | None]) -> None:
     """Run a stage; a fault that the user can mend is one line on stderr and exit status 2."""
     try:
-        sys.exit(stage() or 0)
+        status = stage() or 0
     except UserError as error:
-        sys.exit(_fail(str(error)))
+        print(f"error: {error}", file=sys.stderr)
+        status = 2
     except KeyboardInterrupt:
-        sys.exit(INTERRUPTED)
-
-
-def _fail(message: str) -> int:
-    print(f"error: {message}", file=sys.stderr)
-    return 2
+        status = INTERRUPTED
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(status)  # taking torch and MLflow down takes a second, and crashes beside a thread that hangs
 
 
 def run_of_arguments(description: str) -> Run:

@@ -76,9 +76,10 @@ def steps(folder: Path, run: str, key: str) -> list[int]:
 
 
 def training_processes(folder: Path) -> list[int]:
-    """Living stages of this repository, by the locks they hold."""
-    locks = (folder / ".dvc/tmp/dynat").glob("?" * 64 + "/lock")
-    return [int(pid) for pid in (lock.read_text() for lock in locks) if pid and Path(f"/proc/{pid}").exists()]
+    """Living stages of this repository, by the resume state they hold."""
+    tokens = (folder / ".dvc/tmp/dynat").glob("?" * 64 + "/token")
+    pids = [token.read_text().split()[-1] for token in tokens]
+    return [int(pid) for pid in pids if Path(f"/proc/{pid}").exists()]
 
 
 @pytest.mark.parametrize(
