@@ -18,7 +18,7 @@ def stage() -> int:
     from dynat.evaluation.checkpoints import evaluate_checkpoints
     from dynat.evaluation.evaluate import run_evaluation
 
-    return run_evaluation(record, run.study.attack, run.study.machine, evaluate_checkpoints)
+    return run_evaluation(run, "attack", run.study.attack, record, evaluate_checkpoints)
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ def stage() -> int:
     from dynat.evaluation.autoattack import evaluate_selected
     from dynat.evaluation.evaluate import run_evaluation
 
-    return run_evaluation(record, run.study.autoattack, run.study.machine, evaluate_selected)
+    return run_evaluation(run, "autoattack", run.study.autoattack, record, evaluate_selected)
 
 
 if __name__ == "__main__":

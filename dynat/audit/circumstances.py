@@ -105,3 +105,5 @@ def _accepted(name: str, record: dict[str, Any], code: str) -> Iterator[Link]:
             f"it gave the same bits as the recorded code {code[:8]} in {', '.join(compared)}"
         )
         yield Link("accepted", name, "accepted", text)
+    if record.get("code", code) != code:  # an earlier output, which DVC took from its run cache
+        yield absent("circumstances", name, f"of a run with other code ({record['code'][:8]})", RERUN)

@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from dynat.config.params import Attack, AutoAttack, Machine
+from dynat.config.params import Attack, AutoAttack
 from dynat.data.splits import load
 from dynat.errors import UserError
 from dynat.evaluation.chunks import Chunks, StoppedError
@@ -85,19 +85,19 @@ def trained_networks(run: Run, kind: str, spec: Attack | AutoAttack, device: tor
     return networks
 
 
-def run_evaluation(record: RunRecord, spec: Spec, machine: Machine, evaluate: Evaluate[Spec]) -> int:
-    """``evaluate`` the networks of the record's run, from where it was stopped; write ``metrics/<kind>``.
+def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate: Evaluate[Spec]) -> int:
+    """``evaluate`` the networks of ``run``, from where it was stopped; write ``metrics/<kind>``.
 
     Returns the exit status. Finished chunks are used again with the same code, data and weights only.
     """
-    device = environment.device_of(machine)
-    networks = trained_networks(record.run, record.kind, spec, device)
+    device = environment.device_of(run.study.machine)
+    networks = trained_networks(run, kind, spec, device)
     key = resume_key(
         {
-            record.kind: spec.model_dump_json(exclude={"n", "workers"}),  # chunks are good for any of them
+            kind: spec.model_dump_json(exclude={"n", "workers"}),  # chunks are good for any of them
             "data": sha256(networks.data),
             "models": ",".join(sha256(path) for path in sorted(networks.folder.glob("*.safetensors"))),
-            "code": code_key(record.kind),
+            "code": code_key(kind),
             "package": version("pyautoattack"),
             **environment.fingerprint(device),
         }
@@ -114,7 +114,7 @@ def run_evaluation(record: RunRecord, spec: Spec, machine: Machine, evaluate: Ev
         chunks = Chunks(store.load_chunk, store.save_chunk, stopped, shared=True)
         try:
             if distributed.rank() == 0:
-                _evaluate_and_write(record, spec, store, networks, chunks, evaluate)
+                _evaluate_and_write(run, kind, spec, record, store, networks, chunks, evaluate)
             else:
                 evaluate(networks, spec, chunks)
                 distributed.leave()
@@ -124,21 +124,23 @@ def run_evaluation(record: RunRecord, spec: Spec, machine: Machine, evaluate: Ev
 
 
 def _evaluate_and_write(
-    record: RunRecord,
+    run: Run,
+    kind: str,
     spec: Spec,
+    record: RunRecord,
     store: ResumeStore,
     networks: TrainedNetworks,
     chunks: Chunks,
     evaluate: Evaluate[Spec],
 ) -> None:
     """What the first or only process does; all calls of tracker, record and progress bar are here."""
-    run, weights = record.run, networks.folder / "target.safetensors"
+    weights = networks.folder / "target.safetensors"
     sha = sha256(weights)
-    tags = {"stage": record.kind, "model.sha256": sha}
+    tags = {"stage": kind, "model.sha256": sha}
     tracker = Tracker(run.setting, f"{run.method}-{run.seed}", tags=tags, params=spec.model_dump())
     with tracker:
         try:
-            with counted(f"{run.setting} {run.method} {record.kind}", "chunk") as (count, expect):
+            with counted(f"{run.setting} {run.method} {kind}", "chunk") as (count, expect):
 
                 def notify(chunk: str) -> None:
                     tracker.begin(store.token)  # not before: no process may be forked after it
@@ -153,7 +155,7 @@ def _evaluate_and_write(
         tracker.begin(store.token)
         header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": sha, **evaluation.header}
         header["trained_in"] = trained_in(weights)
-        accuracies = write_evaluation(run, record.kind, header, evaluation)
+        accuracies = write_evaluation(run, kind, header, evaluation)
         checked = {} if evaluation.sanity is None else {"failed_checks": len(evaluation.warnings)}
         tracker.metrics(0, {**accuracies, **checked})
         record.write(

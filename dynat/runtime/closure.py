@@ -20,7 +20,7 @@ import grimp
 STAGES = ("prepare", "train", "attack", "autoattack", "tabulate")
 PACKAGES = ("dynat", "stages")
 # No byte of an output depends on these: a test swaps each for a stub and finds the same outputs.
-EXCLUDED = ("dynat.runtime.tracking",)
+EXCLUDED = ("dynat.runtime.tracking", "dynat.runtime.record", "dynat.runtime.progress")
 MESSAGES = ("print", "warn")  # calls whose texts nobody computes with, like those of exceptions
 Closure = dict[str, dict[str, str]]  # "modules": name -> hash of its syntax tree; "data": file -> SHA-256
 

@@ -8,6 +8,7 @@ from importlib.metadata import version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from dynat.runtime.closure import code_key
 from dynat.runtime.files import write_json
 from dynat.runtime.machine import fingerprint
 from dynat.runtime.stage import Run
@@ -22,7 +23,6 @@ class RunRecord:
     """The record of one stage of one run, begun with the stage and written at its end."""
 
     def __init__(self, stage: str, run: Run) -> None:
-        self.kind, self.run = stage, run
         self.path = Path("metrics/runs", stage) / run.path("").with_suffix(".json")
         self.started, self.clock = datetime.now(UTC), time.monotonic()
         self.values: dict[str, Any] = {
@@ -30,6 +30,7 @@ class RunRecord:
             "experiment": os.environ.get("DVC_EXP_NAME"),
             "baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
             "seed": run.seed,
+            "code": code_key(stage),
         }
 
     def write(self, device: "torch.device", **more: Any) -> None:

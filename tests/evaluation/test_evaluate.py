@@ -34,11 +34,11 @@ def test_more_samples_than_test_images_are_refused_by_their_key(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(environment, "device_of", lambda machine: torch.device("cpu"))
     prepare(study.data, Path("data/digits.safetensors"), "study.digits.data")
-    record = RunRecord(kind, Run("digits", "pgd_at", 0, PARAMS))
+    run = Run("digits", "pgd_at", 0, PARAMS)
     more = {"attack": 401, "autoattack": [200, 401]}[kind]
     spec = getattr(study, kind).model_copy(update={"n": more})
     with pytest.raises(UserError, match=rf"^study\.digits\.{kind}\.n: 401 is more than the 400 test images"):
-        run_evaluation(record, spec, study.machine, never)
+        run_evaluation(run, kind, spec, RunRecord(kind, run), never)
 
 
 def test_metrics_verdicts_and_witness_hold_the_evidence(
