@@ -21,6 +21,10 @@ from dynat.runtime.lock import locked, read_lock
 
 RUN = ["setting", "method", "seed"]
 CURVES = ["train_clean", "test_clean", "validation_robust"]
+CAVEATS = {  # entries of the metrics -> a sentence that must stand beside their numbers
+    ("precision", "mixed"): "attack crafted in bf16, every success verified in fp32",
+    ("trained_in", "bf16"): "trained in bf16, the paper in fp32",
+}
 Texts = dict[tuple[str, str], list[str]]  # by setting and method; nothing for what was not run
 
 
@@ -34,12 +38,13 @@ class Measurement(NamedTuple):
     setting: str
     method: str
     seed: int  # of the training
+    kind: str  # the stage that measured: "attack" or "autoattack"
     column: str
     checkpoint: str  # "best" or "last"
     attack: str  # name in the verdicts; AutoAttack's union is its last attack, "square"
     robust: int  # samples
     n: int  # samples
-    epsilon: float
+    epsilon: str  # as people write it: "8/255"
     attack_seed: int
     file: str  # metrics, relative to the repository
     pointer: str  # JSON pointer of the accuracy in them
@@ -71,13 +76,13 @@ def read_results(params: Params, root: Path = Path()) -> Results:
     for run in product(params.settings, (*params.baselines, *params.variants), params.seeds):
         name = "/".join(map(str, run))
         try:
-            attack, union, sanity = _metrics(root, name)
-            measured += _measure(root, "attack", run, attack, code)
-            measured += _measure(root, "autoattack", run, union, code)
-            radii += [(*run, *point, sanity.get("n", 0)) for point in sanity.get("epsilon_curve", [])]
-            checks = sanity["checks"].items() if sanity else ()
-            notes = [f"sanity check failed: {c} (seed {run[2]})" for c, each in checks if not each["passed"]]
-            failed[run[:2]] += notes
+            metrics = _metrics(root, name)
+            for kind in ("attack", "autoattack"):
+                measured += _measure(root, kind, run, metrics[kind], code)
+            attack, sanity = metrics["attack"], metrics["sanity"] or {"checks": {}}
+            radii += [(*run, *point, sanity["n"]) for point in sanity.get("epsilon_curve", ())]
+            broken = [check for check, each in sanity["checks"].items() if not each["passed"]]
+            failed[run[:2]] += [f"sanity check failed: {check} (seed {run[2]})" for check in broken]
             epochs[run[:2]] += [f"{attack['best_epoch']} / {attack['last_epoch']}"] if attack else []
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             text = f"metrics of {name}: not as the stages write them ({error!r}); run dvc repro"
@@ -106,13 +111,13 @@ def read_code(root: Path) -> dict[str, str]:
     }
 
 
-def _metrics(root: Path, name: str) -> list[dict[str, Any]]:
+def _metrics(root: Path, name: str) -> dict[str, dict[str, Any]]:
     """Metrics of attack, AutoAttack and sanity suite, empty if not run; all must be of the same weights."""
-    files = [f"metrics/{kind}/{name}.json" for kind in ("attack", "autoattack", "sanity")]
-    found = [read_json(root, file) or {} for file in files]
-    for file, each, what in zip(files, found, ("", "AutoAttack", "checks"), strict=True):
-        if each and found[0] and each["model_sha256"] != found[0]["model_sha256"]:
-            raise UserError(f"{file}: {what} of other weights than those of {files[0]}; run dvc repro")
+    files = {kind: f"metrics/{kind}/{name}.json" for kind in ("attack", "autoattack", "sanity")}
+    found = {kind: read_json(root, file) or {} for kind, file in files.items()}
+    for kind, each in found.items():
+        if each and found["attack"] and each["model_sha256"] != found["attack"]["model_sha256"]:
+            raise UserError(f"{files[kind]}: of other weights than {files['attack']}; run dvc repro")
     return found
 
 
@@ -128,10 +133,7 @@ def _measure(
     if verdicts is None:
         raise UserError(f"{companion}: missing beside {file}; run dvc repro")
     caveats = [f"AutoAttack warned: {warning}" for warning in metrics.get("warnings", ())]
-    if metrics.get("precision", "fp32") == "mixed":
-        caveats.append("attack crafted in bf16, every success verified in fp32")
-    if metrics.get("trained_in", "fp32") == "bf16":
-        caveats.append("trained in bf16, the paper in fp32")
+    caveats += [text for (key, value), text in CAVEATS.items() if metrics.get(key) == value]
     versions = [code.get(f"{stage}@{run[0]}-{run[1]}-{run[2]}", "") for stage in ("train", kind)]
     for column, block, name, checkpoint, attack in _accuracies(kind, metrics):
         stated, evidence = metrics[block][name], verdicts[checkpoint][attack]
@@ -141,15 +143,24 @@ def _measure(
                 f"{file}: {block}/{name} says {stated['accuracy']} % of {stated['n']}, but its verdicts "
                 f"count {counted['accuracy']} % of {counted['n']}; restore both or run dvc repro -f"
             )
-        count = counted["robust"], counted["n"], metrics["epsilon"], metrics["attack_seed"]
+        where = kind, column, checkpoint, attack, counted["robust"], counted["n"]
+        how = radius(metrics["epsilon"]), metrics["attack_seed"]
         files = file, f"/{block}/{name}/accuracy", companion
-        yield Measurement(*run, column, checkpoint, attack, *count, *files, tuple(caveats), *versions)
+        yield Measurement(*run, *where, *how, *files, tuple(caveats), *versions)
 
 
-def _accuracies(kind: str, metrics: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
+def _accuracies(kind: str, metrics: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
     """Column, block and name in the metrics, checkpoint and attack in the verdicts of each accuracy."""
     if kind == "autoattack":
-        columns = {size: f"aa-{size}" if rank else "aa" for rank, size in enumerate(metrics["aa"])}
-        return [(column, "aa", size, "best", "square") for size, column in columns.items()]
-    prefixes = {"best": "", "last": "last-"}
-    return [(prefixes[each] + name, each, name, each, name) for each in prefixes for name in metrics[each]]
+        for rank, size in enumerate(metrics["aa"]):
+            yield f"aa-{size}" if rank else "aa", "aa", size, "best", "square"
+        return
+    for checkpoint, prefix in (("best", ""), ("last", "last-")):
+        for name in metrics[checkpoint]:
+            yield prefix + name, checkpoint, name, checkpoint, name
+
+
+def radius(epsilon: float) -> str:
+    """Epsilon as people write it: 8/255 where it is a whole number of grey levels."""
+    levels = epsilon * 255
+    return f"{levels:.0f}/255" if abs(levels - round(levels)) < 1e-9 and 0 < levels < 255 else f"{epsilon:g}"

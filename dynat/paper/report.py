@@ -12,7 +12,7 @@ from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
-from dynat.paper.cells import in_tables, name, radius
+from dynat.paper.cells import name
 from dynat.paper.images import data_uri, perturbed
 from dynat.paper.published import TITLES
 from dynat.paper.tabulation import SUMMARY, Tabulation
@@ -41,7 +41,7 @@ def recounted(found: Tabulation) -> list[str]:
 def _templates() -> Environment:
     found = Environment(loader=PackageLoader("dynat.paper"), autoescape=True, undefined=StrictUndefined)
     found.trim_blocks = found.lstrip_blocks = True
-    found.filters.update(slug=slug, name=name, radius=radius, quote=shlex.quote, data_uri=data_uri)
+    found.filters.update(slug=slug, name=name, quote=shlex.quote, data_uri=data_uri)
     return found
 
 
@@ -55,7 +55,7 @@ def _figures(found: Tabulation, setting: str, root: Path) -> dict[str, Any]:
     from dynat.paper import figures  # matplotlib, of which the audit needs nothing
 
     family, baselines = found.params.variants, found.params.baselines
-    results, cells = found.results, in_tables(found.cells[found.cells["table"] == setting])
+    results, cells = found.results, found.cells[found.cells["row"] == setting]
     histories, radii = (each[each["setting"] == setting] for each in (results.histories, results.radii))
     trained = [method for method in (*baselines, *family) if method in histories["method"].array]
     rivals = [method for method in ("lbgat0", "lbgat6") if {method, "dynat"} <= {*trained}]

@@ -2,13 +2,14 @@
 
 import json
 from dataclasses import dataclass
+from itertools import product
 from pathlib import Path
 
 import pandas as pd
 
 from dynat.config.params import Params
 from dynat.paper import published
-from dynat.paper.cells import NUMBERS, cells_json, in_tables, paper_cells, setting_cells
+from dynat.paper.cells import NUMBERS, cells_json, paper_cells, setting_cells
 from dynat.paper.markup import Table, markdown
 from dynat.paper.measurements import CURVES, RUN, Results, read_results
 from dynat.paper.tables import COLUMNS, paper_table, setting_tables
@@ -40,12 +41,11 @@ def tabulate(params: Params, root: Path = Path()) -> Tabulation:
     cells = pd.concat([cells, paper_cells(cells)])
     tables = {setting: setting_tables(setting, params, results, cells) for setting in params.settings}
     tables |= {f"table{number}": [paper_table(number, params, results, cells)] for number in published.TITLES}
-    files: dict[str, list[str]] = {key: [] for key in cells.index}
-    for file, each in tables.items():
-        for key in {item.key for table in each for row in table.rows for item in row if item.key}:
-            files[key] += [f"{TABLES}/{file}.md", REPORT]
-    csv = TABLES + "/" + cells["table"] + ".csv"
-    cells["tables"] = [[*files[key], csv[key]] for key in cells.index]
+    shown = {item.key for file in tables.values() for table in file for row in table.rows for item in row}
+    cells["tables"] = [
+        [*([f"{TABLES}/{table}.md", REPORT] if key in shown else []), f"{TABLES}/{table}.csv"]
+        for key, table in cells["table"].items()
+    ]
     return Tabulation(params, results, cells, tables)
 
 
@@ -59,44 +59,37 @@ def text_files(found: Tabulation) -> dict[str, str]:
     files[f"{TABLES}/cells.json"] = cells_json(found.cells)
     files[f"{PLOTS}/training.csv"] = csv_text(found.results.histories, [*RUN, "epoch", *CURVES])
     ours = found.cells[found.cells["table"].isin(found.params.settings)]
-    best = ours[~ours["column"].str.startswith("last-")].rename(columns={"column": "attack"})
-    files[f"{PLOTS}/accuracy.csv"] = csv_text(best, [*RUN, "attack", "accuracy"])
-    few = in_tables(ours[ours["column"].isin(SUMMARY)])
+    files[f"{PLOTS}/accuracy.csv"] = csv_text(
+        ours[ours["checkpoint"] == "best"], [*RUN, "attack", "accuracy"]
+    )
+    few = ours[ours["column"].isin(SUMMARY) & (ours["row"] != "")]
     for run, own in few.groupby(few["setting"] + "/" + few["method"], sort=False):
-        means = own.set_index("column")["mean"].astype(float).reindex(SUMMARY).dropna().round(2)
-        files[f"{TABLES}/summary/{run}.json"] = json.dumps(means.to_dict(), indent=1) + "\n"
-    if len(radii := found.results.radii):
-        digits = {"epsilon": "{:.6g}", "accuracy": "{:.4g}"}
-        points = {column: radii[column].map(form.format) for column, form in digits.items()}
-        files[f"{PLOTS}/epsilon.csv"] = csv_text(radii.assign(**points), [*RUN, *digits])
+        means = {column: round(mean, 2) for column, mean in zip(own["column"], own["mean"], strict=True)}
+        files[f"{TABLES}/summary/{run}.json"] = json.dumps(means, indent=1) + "\n"
+    if len(found.results.radii):
+        files[f"{PLOTS}/epsilon.csv"] = csv_text(found.results.radii, [*RUN, "epsilon", "accuracy"])
     return files
 
 
 def setting_rows(setting: str, found: Tabulation) -> pd.DataFrame:
     """A row per method, checkpoint, attack and seed ("mean" after several); no accuracy if not run."""
-    ours = found.cells[found.cells["table"] == setting].rename_axis("cell").reset_index()
-    wanted = [
-        (method, column)
-        for method in (*found.params.baselines, *found.params.variants)
-        for column in dict.fromkeys([*COLUMNS, *ours.loc[ours["method"] == method, "column"]])
-    ]
-    rows = pd.DataFrame(wanted, columns=["method", "column"]).merge(ours, how="left")
-    last = rows["column"].str.startswith("last-")
-    rows["checkpoint"] = last.map({True: "last", False: "best"})
-    return rows.assign(attack=rows["column"].str.removeprefix("last-"))
+    ours, names = found.cells[found.cells["table"] == setting], ["method", "checkpoint", "attack"]
+    methods = [*found.params.baselines, *found.params.variants]
+    wanted = dict.fromkeys(product(methods, ["best"], COLUMNS))
+    wanted |= dict.fromkeys(ours[names].itertuples(index=False, name=None))
+    ordered = sorted(wanted, key=lambda each: methods.index(each[0]))
+    return pd.DataFrame(ordered, columns=names).merge(ours, how="left")
 
 
 def paper_rows(number: int, cells: pd.DataFrame) -> pd.DataFrame:
     """A row per published value, in the paper's order; no accuracy where nothing was run."""
     paper = published.values().rename(columns={"column": "attack"})
     paper = paper[paper["table"] == number]
-    ours = cells.assign(cell=cells.index)[[*NUMBER, "difference", "cell"]]
     doubtful = paper["doubts"].map(lambda doubts: "yes" if doubts else "")
-    return paper.join(ours).assign(doubtful=doubtful, notes=paper["notes"].map("; ".join))
+    return paper.assign(doubtful=doubtful).join(cells[[*NUMBER, "difference", "cell"]])
 
 
 def csv_text(rows: pd.DataFrame, columns: list[str]) -> str:
     """A CSV file with a header, also when there are no rows; what is missing is empty."""
-    if "caveats" in columns:
-        rows = rows.assign(caveats=rows["caveats"].map("; ".join, na_action="ignore"))
-    return str(rows.to_csv(columns=columns, index=False, lineterminator="\n"))
+    texts = rows[columns].map(lambda value: "; ".join(value) if isinstance(value, tuple) else value)
+    return str(texts.to_csv(index=False, lineterminator="\n", float_format="%.6g"))

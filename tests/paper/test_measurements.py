@@ -13,7 +13,7 @@ from dynat.paper.tabulation import tabulate
 def test_checks_of_other_weights_are_refused(tmp_path: Path) -> None:
     write(tmp_path, "pgd_at", COUNTS)
     put(tmp_path / "metrics/sanity/toy/pgd_at/0.json", {"checks": {}, "model_sha256": "other"})
-    with pytest.raises(UserError, match=r"metrics/sanity/toy/pgd_at/0\.json: checks of other weights"):
+    with pytest.raises(UserError, match=r"metrics/sanity/toy/pgd_at/0\.json: of other weights"):
         files(params(["pgd_at"], []), tmp_path)
 
 

@@ -51,7 +51,7 @@ def fill(root: Path, warning: str = "zero gradient") -> None:
     for method in (*BASELINES[1:], *VARIANTS):
         write(root, method, COUNTS, last=4, aa={40: 27}, autoattack={"warnings": [warning]})
         history(root, method)
-    curve = {"checks": {}, "epsilon_curve": [[0, 97.0], [0.1, 40.5]], "model_sha256": "dynat-0"}
+    curve = {"checks": {}, "epsilon_curve": [[0, 97.0], [0.1, 40.5]], "n": 100, "model_sha256": "dynat-0"}
     put(root / "metrics/sanity/toy/dynat/0.json", curve)
     images = np.arange(10 * 3 * 8 * 8, dtype=np.int64).reshape(10, 3, 8, 8) % 251
     (root / "data").mkdir()

@@ -10,7 +10,7 @@ def test_plots_hold_every_epoch_and_accuracy(tmp_path: Path) -> None:
     for seed in (0, 1):
         write(tmp_path, "pgd_at", COUNTS, seed=seed)
         history(tmp_path, "pgd_at", seed)
-    curve = {"checks": {}, "epsilon_curve": [[0, 97.0], [0.1, 40.5]], "model_sha256": "pgd_at-0"}
+    curve = {"checks": {}, "epsilon_curve": [[0, 97.0], [0.1, 40.5]], "n": 100, "model_sha256": "pgd_at-0"}
     put(tmp_path / "metrics/sanity/toy/pgd_at/0.json", curve)
     found = files(params(["pgd_at"], [], (0, 1)), tmp_path)
     training = records(found["metrics/plots/training.csv"])
