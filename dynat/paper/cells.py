@@ -16,6 +16,7 @@ from dynat.evaluation.verdicts import wilson
 from dynat.paper.published import values
 
 AVERAGED = ("pgd10", "pgd20", "pgd50", "cw", "aa")  # "All" of the paper's Table 1
+LAST = ("last-clean", "last-pgd20")  # columns of the last epoch in Markdown; the CSV has all of them
 NUMBERS = ("accuracy", "low", "high", "sd", "n")
 SOURCE = ("seed", "file", "pointer", "verdicts", "checkpoint", "attack", "n")  # of a cell, in cells.json
 FORMATS = {
@@ -34,8 +35,8 @@ DEPARTURES = {  # what the numbers of a column have in common -> the footnote of
     "train_code": "other code than for the rest of the column (metrics/code/train.json); run dvc repro",
     "attack_code": "other code than for the rest of the column (metrics/code/{kind}.json); run dvc repro",
 }
-NAMES = {"clean": "Clean", "fgsm": "FGSM", "pgd": "PGD-", "cw": "C&W", "apgd-ce": "APGD-CE", "aa": "AA"}
-NAMES |= {"all": "All"}  # in the order of the tables
+NAMES = {"clean": "Clean", "fgsm": "FGSM", "pgd": "PGD-{}", "cw": "C&W", "apgd-ce": "APGD-CE", "aa": "AA"}
+NAMES |= {"aa-n": "AA", "all": "All"}  # in the order of the tables
 Measured = dict[Any, Any]  # a Measurement as a dictionary
 
 
@@ -68,8 +69,8 @@ def setting_cells(measurements: pd.DataFrame) -> pd.DataFrame:
     """A row of ``FIELDS`` per run and column, and per column the mean where several seeds were run.
 
     The index and ``cell`` are the key, such as ``digits/dynat/0/aa`` or ``digits/dynat/mean/aa``; ``table``
-    is the name of the CSV file with the cell, ``row`` that of the table with it, empty for the seeds behind
-    a mean; ``measurements`` has the rows that were averaged.
+    is the name of the CSV file with the cell, ``row`` that of the Markdown and empty where it has no place,
+    as for the seeds behind a mean; ``measurements`` has the rows that were averaged.
     """
     methods: dict[tuple[str, str], dict[str, dict[str, list[Measured]]]] = {}
     for each in measurements.to_dict("records"):
@@ -83,17 +84,19 @@ def setting_cells(measurements: pd.DataFrame) -> pd.DataFrame:
                 run["all"] = [run[column][0] for column in AVERAGED]
         columns = {column: [run[column] for run in runs if column in run] for column in chain(*runs)}
         seeds["mean"] = {column: [*chain(*each)] for column, each in columns.items() if len(each) > 1}
-        for seed, run in seeds.items():
-            for column, measured in run.items():
-                alone = seed != "mean" and column in seeds["mean"]
-                found.append(_cell(seed, column, measured) | ({"row": ""} if alone else {}))
-    return _frame(found)
+        found += [
+            _cell(seed, column, measured, seed == "mean" or column not in seeds["mean"])
+            for seed, run in seeds.items()
+            for column, measured in run.items()
+        ]
+    return pd.DataFrame(found, columns=FIELDS, dtype=object).set_index("cell", drop=False)
 
 
-def _cell(seed: str, column: str, measurements: list[Measured]) -> dict[str, Any]:
+def _cell(seed: str, column: str, measurements: list[Measured], of_all_seeds: bool) -> dict[str, Any]:
     cell = measurements[0] | average(measurements)
-    setting, method = cell["setting"], cell["method"]
-    cell |= {"cell": f"{setting}/{method}/{seed}/{column}", "table": setting, "row": setting, "seed": seed}
+    setting, last = cell["setting"], column.startswith("last-")
+    cell["row"] = setting if of_all_seeds and (column in LAST or not last) else ""
+    cell |= {"cell": f"{setting}/{cell['method']}/{seed}/{column}", "table": setting, "seed": seed}
     cell |= {"column": column, "attack": column.removeprefix("last-"), "measurements": measurements}
     for field in ("epsilon", "attack_seed"):
         cell[field] = " ".join(dict.fromkeys(str(each[field]) for each in measurements))
@@ -111,11 +114,7 @@ def paper_cells(cells: pd.DataFrame) -> pd.DataFrame:
             own = {"cell": key} | dict.fromkeys(("table", "row"), f"table{paper['table']}")
             gap = difference(cell["accuracy"], paper["published"])
             found.append(cell | own | {"published": paper["published"], "difference": gap})
-    return _frame(found)
-
-
-def _frame(cells: list[dict[str, Any]]) -> pd.DataFrame:
-    return pd.DataFrame(cells, [each["cell"] for each in cells], FIELDS, dtype=object)
+    return pd.DataFrame(found, columns=FIELDS, dtype=object).set_index("cell", drop=False)
 
 
 def difference(reproduced: str, published: str) -> str:
@@ -158,14 +157,13 @@ def footnotes(cell: Mapping[Any, Any], usual: dict[str, dict[str, Any]], seeds: 
     return tuple(dict.fromkeys(notes))
 
 
-def family(column: str) -> str:
-    """Of ``NAMES``, the one of an attack whatever its steps or samples: ``pgd`` of ``pgd20``."""
-    return next((each for each in NAMES if column.startswith(each)), column)
+def family(column: str) -> tuple[str, str]:
+    """An attack without its number of steps or samples, and that number: ``pgd`` and ``20``."""
+    attack = column.removeprefix("last-")
+    return attack.rstrip("0123456789"), attack[len(attack.rstrip("0123456789")) :]
 
 
 def name(column: str) -> str:
     """A column's name as the paper writes it."""
-    if column.startswith("last-"):
-        return f"{name(column.removeprefix('last-'))}, last"
-    known = family(column)
-    return NAMES.get(known, known) + (column.removeprefix(known) if known == "pgd" else "")
+    attack, number = family(column)
+    return NAMES.get(attack, attack).format(number) + (", last" if column.startswith("last-") else "")

@@ -134,7 +134,7 @@ def _measure(
         raise UserError(f"{companion}: missing beside {file}; run dvc repro")
     caveats = [f"AutoAttack warned: {warning}" for warning in metrics.get("warnings", ())]
     caveats += [text for (key, value), text in CAVEATS.items() if metrics.get(key) == value]
-    versions = [code.get(f"{stage}@{run[0]}-{run[1]}-{run[2]}", "") for stage in ("train", kind)]
+    train, own = (code.get(f"{stage}@{run[0]}-{run[1]}-{run[2]}", "") for stage in ("train", kind))
     for column, block, name, checkpoint, attack in _accuracies(kind, metrics):
         stated, evidence = metrics[block][name], verdicts[checkpoint][attack]
         counted = accuracy(decode(evidence["robust"], evidence["n"])[: stated["n"]])
@@ -143,10 +143,9 @@ def _measure(
                 f"{file}: {block}/{name} says {stated['accuracy']} % of {stated['n']}, but its verdicts "
                 f"count {counted['accuracy']} % of {counted['n']}; restore both or run dvc repro -f"
             )
-        where = kind, column, checkpoint, attack, counted["robust"], counted["n"]
-        how = radius(metrics["epsilon"]), metrics["attack_seed"]
+        count = counted["robust"], counted["n"], radius(metrics["epsilon"]), metrics["attack_seed"]
         files = file, f"/{block}/{name}/accuracy", companion
-        yield Measurement(*run, *where, *how, *files, tuple(caveats), *versions)
+        yield Measurement(*run, kind, column, checkpoint, attack, *count, *files, tuple(caveats), train, own)
 
 
 def _accuracies(kind: str, metrics: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:

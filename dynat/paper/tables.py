@@ -7,13 +7,12 @@ from typing import Any
 import pandas as pd
 
 from dynat.config.params import Params
-from dynat.paper.cells import AVERAGED, NAMES, common, family, footnotes, name
+from dynat.paper.cells import AVERAGED, LAST, NAMES, common, family, footnotes, name
 from dynat.paper.markup import Item, Table
 from dynat.paper.measurements import Results
 from dynat.paper.published import TITLES, values
 
 COLUMNS = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "pgd100", "cw", "apgd-ce", "aa", "all")
-LAST = ("last-clean", "last-pgd20")  # columns of the last epoch in Markdown; the CSV has all of them
 
 
 def setting_tables(setting: str, params: Params, results: Results, cells: pd.DataFrame) -> list[Table]:
@@ -91,8 +90,8 @@ def _items(cells: pd.DataFrame, usual: dict[str, Any], params: Params) -> list[I
 
 def _rank(column: str) -> tuple[int, int]:
     """Order of the columns: PGD-k by k, wherever k comes from, and AutoAttack on more samples behind AA."""
-    order = [*NAMES, family(column)]
-    return order.index(family(column)), int("".join(filter(str.isdigit, column)) or 0)
+    attack, number = family(column)
+    return [*NAMES, attack].index(attack), int(number or 0)
 
 
 def heading(column: str, usual: dict[str, Any]) -> str:

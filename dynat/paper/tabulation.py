@@ -41,10 +41,9 @@ def tabulate(params: Params, root: Path = Path()) -> Tabulation:
     cells = pd.concat([cells, paper_cells(cells)])
     tables = {setting: setting_tables(setting, params, results, cells) for setting in params.settings}
     tables |= {f"table{number}": [paper_table(number, params, results, cells)] for number in published.TITLES}
-    shown = {item.key for file in tables.values() for table in file for row in table.rows for item in row}
     cells["tables"] = [
-        [*([f"{TABLES}/{table}.md", REPORT] if key in shown else []), f"{TABLES}/{table}.csv"]
-        for key, table in cells["table"].items()
+        [*([f"{TABLES}/{row}.md", REPORT] if row else []), f"{TABLES}/{table}.csv"]
+        for row, table in zip(cells["row"], cells["table"], strict=True)
     ]
     return Tabulation(params, results, cells, tables)
 
@@ -54,8 +53,8 @@ def text_files(found: Tabulation) -> dict[str, str]:
     files = {f"{TABLES}/{file}.md": markdown(tables) for file, tables in found.tables.items()}
     for setting in found.params.settings:
         files[f"{TABLES}/{setting}.csv"] = csv_text(setting_rows(setting, found), SETTING)
-    for number in published.TITLES:
-        files[f"{TABLES}/table{number}.csv"] = csv_text(paper_rows(number, found.cells), PAPER)
+    for number, rows in paper_rows(found.cells).groupby("table"):
+        files[f"{TABLES}/table{number}.csv"] = csv_text(rows, PAPER)
     files[f"{TABLES}/cells.json"] = cells_json(found.cells)
     files[f"{PLOTS}/training.csv"] = csv_text(found.results.histories, [*RUN, "epoch", *CURVES])
     ours = found.cells[found.cells["table"].isin(found.params.settings)]
@@ -81,10 +80,9 @@ def setting_rows(setting: str, found: Tabulation) -> pd.DataFrame:
     return pd.DataFrame(ordered, columns=names).merge(ours, how="left")
 
 
-def paper_rows(number: int, cells: pd.DataFrame) -> pd.DataFrame:
+def paper_rows(cells: pd.DataFrame) -> pd.DataFrame:
     """A row per published value, in the paper's order; no accuracy where nothing was run."""
     paper = published.values().rename(columns={"column": "attack"})
-    paper = paper[paper["table"] == number]
     doubtful = paper["doubts"].map(lambda doubts: "yes" if doubts else "")
     return paper.assign(doubtful=doubtful).join(cells[[*NUMBER, "difference", "cell"]])
 

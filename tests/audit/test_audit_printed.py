@@ -89,9 +89,9 @@ def no_sources(cells: dict[str, Any]) -> None:
 @pytest.mark.parametrize(
     ("edit", "cell", "said"),
     [
-        (other_source, f"{SETTING}/dynat/0/aa", "is not what tabulate writes"),
-        (difference, CELL, "prints the difference +0.01, it is"),
-        (published, CELL, "is not what tabulate writes"),
+        (other_source, f"{SETTING}/dynat/0/aa", "is not what the verdicts give"),
+        (difference, CELL, "its difference is '+0.01', the verdicts give"),
+        (published, CELL, "is not what the verdicts give"),
         (rule, CELL, "its rule is 'share', the verdicts give 'mean_sd'"),
         (no_sources, CELL, "unreadable (KeyError('sources'))"),
     ],
@@ -144,5 +144,5 @@ def test_a_table_that_is_missing_or_of_no_stage_is_named(root: Path) -> None:
     (root / "metrics/tables/table1.md").rename(root / "metrics/tables/table9.md")
     assert faults(Printed(root).tables()) == [
         "✗ metrics/tables/table1.md: missing; run dvc repro tabulate",
-        "✗ metrics/tables/table9.md: is no file of the tabulation; remove it, or run dvc repro",
+        "✗ metrics/tables/table9.md: is nothing that tabulate writes; remove it, or run dvc repro",
     ]
