@@ -7,7 +7,7 @@ import json
 from collections.abc import Mapping, Sequence
 from decimal import Decimal
 from itertools import chain
-from statistics import fmean, mode, stdev
+from statistics import fmean, stdev
 from typing import Any
 
 import pandas as pd
@@ -28,13 +28,6 @@ FORMATS = {
 FIELDS = ["cell", "table", "row", "setting", "method", "seed", "column", "checkpoint", "attack", "text"]
 FIELDS += ["rule", "format", "mean", "numbers", *NUMBERS, "epsilon", "attack_seed", "caveats"]
 FIELDS += ["measurements", "published", "difference"]
-DEPARTURES = {  # what the numbers of a column have in common -> the footnote of one that departs from it
-    "n": "on the first n = {n} test images, unlike the rest of the column",
-    "epsilon": "ε = {epsilon}, unlike the rest of the column",
-    "attack_seed": "attack seed {attack_seed}, unlike the rest of the column",
-    "train_code": "other code than for the rest of the column (metrics/code/train.json); run dvc repro",
-    "attack_code": "other code than for the rest of the column (metrics/code/{kind}.json); run dvc repro",
-}
 NAMES = {"clean": "Clean", "fgsm": "FGSM", "pgd": "PGD-{}", "cw": "C&W", "apgd-ce": "APGD-CE", "aa": "AA"}
 NAMES |= {"aa-n": "AA", "all": "All"}  # in the order of the tables
 Measured = dict[Any, Any]  # a Measurement as a dictionary
@@ -131,30 +124,6 @@ def cells_json(cells: pd.DataFrame) -> str:
         value["sources"] = [{name: each[name] for name in SOURCE} for each in cell["measurements"]]
         lines.append(f"{json.dumps(cell['cell'])}: {json.dumps(value, ensure_ascii=False)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"
-
-
-def common(cells: pd.DataFrame) -> dict[str, dict[str, Any]]:
-    """Column -> the most frequent value of each of ``DEPARTURES`` behind it, the first one on a tie."""
-    columns: dict[str, list[Measured]] = {}
-    for each in chain(*cells["measurements"]):
-        columns.setdefault(each["column"], []).append(each)
-    return {
-        column: {key: mode([each[key] for each in group if each[key] != ""] or [""]) for key in DEPARTURES}
-        for column, group in columns.items()
-    }
-
-
-def footnotes(cell: Mapping[Any, Any], usual: dict[str, dict[str, Any]], seeds: list[int]) -> tuple[str, ...]:
-    """What sets a cell apart from its column, the caveats of its numbers, and seeds that were not run."""
-    notes = []
-    for each in cell["measurements"]:
-        part = f"{name(each['column'])}: " if cell["column"] == "all" else ""
-        apart = [key for key in DEPARTURES if each[key] not in ("", usual[each["column"]][key])]
-        notes += [part + DEPARTURES[key].format_map(each) for key in apart] + list(each["caveats"])
-    run = dict.fromkeys(str(each["seed"]) for each in cell["measurements"])
-    if len(run) < len(seeds):
-        notes.append(f"training seed {', '.join(run)} only; the others have not been run")
-    return tuple(dict.fromkeys(notes))
 
 
 def family(column: str) -> tuple[str, str]:

@@ -77,9 +77,9 @@ def read_results(params: Params, root: Path = Path()) -> Results:
         name = "/".join(map(str, run))
         try:
             metrics = _metrics(root, name)
+            attack, sanity = metrics["attack"], metrics["sanity"] or {"checks": {}}
             for kind in ("attack", "autoattack"):
                 measured += _measure(root, kind, run, metrics[kind], code)
-            attack, sanity = metrics["attack"], metrics["sanity"] or {"checks": {}}
             radii += [(*run, *point, sanity["n"]) for point in sanity.get("epsilon_curve", ())]
             broken = [check for check, each in sanity["checks"].items() if not each["passed"]]
             failed[run[:2]] += [f"sanity check failed: {check} (seed {run[2]})" for check in broken]
@@ -134,29 +134,27 @@ def _measure(
         raise UserError(f"{companion}: missing beside {file}; run dvc repro")
     caveats = [f"AutoAttack warned: {warning}" for warning in metrics.get("warnings", ())]
     caveats += [text for (key, value), text in CAVEATS.items() if metrics.get(key) == value]
-    train, own = (code.get(f"{stage}@{run[0]}-{run[1]}-{run[2]}", "") for stage in ("train", kind))
+    versions = [code.get(f"{stage}@{run[0]}-{run[1]}-{run[2]}", "") for stage in ("train", kind)]
+    of_all = (tuple(caveats), *versions)
     for column, block, name, checkpoint, attack in _accuracies(kind, metrics):
         stated, evidence = metrics[block][name], verdicts[checkpoint][attack]
         counted = accuracy(decode(evidence["robust"], evidence["n"])[: stated["n"]])
         if counted != stated:
-            raise UserError(
-                f"{file}: {block}/{name} says {stated['accuracy']} % of {stated['n']}, but its verdicts "
-                f"count {counted['accuracy']} % of {counted['n']}; restore both or run dvc repro -f"
-            )
+            text = f"{file}: {block}/{name} says {stated['accuracy']} % of {stated['n']}, but its verdicts "
+            text += f"count {counted['accuracy']} % of {counted['n']}; restore both or run dvc repro -f"
+            raise UserError(text)
         count = counted["robust"], counted["n"], radius(metrics["epsilon"]), metrics["attack_seed"]
         files = file, f"/{block}/{name}/accuracy", companion
-        yield Measurement(*run, kind, column, checkpoint, attack, *count, *files, tuple(caveats), train, own)
+        yield Measurement._make((*run, kind, column, checkpoint, attack, *count, *files, *of_all))
 
 
-def _accuracies(kind: str, metrics: dict[str, Any]) -> Iterator[tuple[str, str, str, str, str]]:
+def _accuracies(kind: str, metrics: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Column, block and name in the metrics, checkpoint and attack in the verdicts of each accuracy."""
     if kind == "autoattack":
-        for rank, size in enumerate(metrics["aa"]):
-            yield f"aa-{size}" if rank else "aa", "aa", size, "best", "square"
-        return
-    for checkpoint, prefix in (("best", ""), ("last", "last-")):
-        for name in metrics[checkpoint]:
-            yield prefix + name, checkpoint, name, checkpoint, name
+        columns = {size: f"aa-{size}" if rank else "aa" for rank, size in enumerate(metrics["aa"])}
+        return [(column, "aa", size, "best", "square") for size, column in columns.items()]
+    prefixes = {"best": "", "last": "last-"}
+    return [(prefixes[each] + name, each, name, each, name) for each in prefixes for name in metrics[each]]
 
 
 def radius(epsilon: float) -> str:

@@ -4,20 +4,27 @@ One self-contained file without scripts; a number opens the sheet that says how 
 its words are in ``templates``.
 """
 
+import base64
+import io
 import re
 import shlex
 from functools import cache
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 from jinja2 import Environment, PackageLoader, StrictUndefined
+from numpy.typing import NDArray
+from PIL import Image
+from safetensors import SafetensorError, safe_open
 
+from dynat.errors import UserError
 from dynat.paper.cells import name
-from dynat.paper.images import data_uri, perturbed
 from dynat.paper.published import TITLES
 from dynat.paper.tabulation import SUMMARY, Tabulation
 
 HYBRIDS = ("gairat", "dynat_gairat", "dynat_inner_gairat")  # of Figure 5
+Pixels = NDArray[np.uint8]  # [C,H,W]
 
 
 def render(found: Tabulation, root: Path = Path()) -> str:
@@ -31,10 +38,8 @@ def render(found: Tabulation, root: Path = Path()) -> str:
 def recounted(found: Tabulation) -> list[str]:
     """The parts of the report that come from verdicts alone: its tables and the sheets of all cells."""
     macros: Any = _templates().get_template("macros.html").module
-    return [
-        *map(str, map(macros.tables_of, found.tables.values())),
-        str(macros.sheets(found.cells.to_dict("index"))),
-    ]
+    sheets = macros.sheets(found.cells.to_dict("index"))
+    return [str(part) for part in (*map(macros.tables_of, found.tables.values()), sheets)]
 
 
 @cache
@@ -74,3 +79,45 @@ def _figures(found: Tabulation, setting: str, root: Path) -> dict[str, Any]:
         "several": radii["seed"].nunique() > 1,
         "broken": next((each for each in images if each[1]), None),
     }
+
+
+def perturbed(
+    root: Path, setting: str, method: str, seed: int, attack: str = "pgd20", count: int = 6
+) -> list[dict[str, Any]]:
+    """The first ``count`` images that ``attack`` broke: index, label, and :data:`Pixels` of the three.
+
+    natural, perturbed, and difference, amplified until the largest one of the image fills the range; grey
+    means none. Empty where nothing was broken, or witness or data are not at hand; :class:`UserError` if
+    they are unreadable.
+    """
+    witness = root / f"metrics/attack/{setting}/{method}/{seed}.witness.safetensors"
+    data = root / f"data/{setting}.safetensors"
+    if not (witness.exists() and data.exists()):
+        return []
+    try:
+        with safe_open(witness, framework="numpy") as file:
+            if f"best/{attack}/indices" not in file.keys():  # noqa: SIM118  not a dict
+                return []
+            indices = file.get_tensor(f"best/{attack}/indices")[:count]
+            images = file.get_slice(f"best/{attack}/images")[: len(indices)] if len(indices) else []
+        with safe_open(data, framework="numpy") as file:
+            naturals = [file.get_slice("test_images")[i : i + 1][0] for i in map(int, indices)]
+            labels = file.get_tensor("test_labels")[indices]
+    except (OSError, SafetensorError, IndexError) as error:
+        raise UserError(f"{witness}: does not fit {data} ({error}); run dvc repro") from None
+    found: list[dict[str, Any]] = []
+    for index, label, natural, image in zip(indices, labels, naturals, images, strict=True):
+        change = image - natural / np.float32(255)
+        change = 0.5 + 0.5 * change / (float(np.abs(change).max()) or 1.0)
+        grey = [(each * 255).round().clip(0, 255).astype(np.uint8) for each in (image, change)]
+        three = {"natural": natural, "perturbed": grey[0], "difference": grey[1]}
+        found.append({"index": int(index), "label": int(label), **three})
+    return found
+
+
+def data_uri(pixels: Pixels) -> str:
+    """An image as a BMP data URI: uncompressed, so its bytes do not depend on a compressor's version."""
+    channels = np.repeat(pixels, 3, axis=0) if len(pixels) == 1 else pixels
+    file = io.BytesIO()
+    Image.fromarray(np.ascontiguousarray(channels.transpose(1, 2, 0))).save(file, "BMP")
+    return "data:image/bmp;base64," + base64.b64encode(file.getvalue()).decode()

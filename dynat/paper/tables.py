@@ -1,18 +1,53 @@
 """Tables as Markdown and the report print them: of a setting, and of the paper beside its reproduction."""
 
 from collections.abc import Iterable
-from itertools import groupby
+from dataclasses import dataclass, field
+from itertools import chain, groupby
+from statistics import mode
 from typing import Any
 
 import pandas as pd
 
 from dynat.config.params import Params
-from dynat.paper.cells import AVERAGED, LAST, NAMES, common, family, footnotes, name
-from dynat.paper.markup import Item, Table
+from dynat.paper.cells import AVERAGED, LAST, NAMES, Measured, family, name
 from dynat.paper.measurements import Results
 from dynat.paper.published import TITLES, values
 
 COLUMNS = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "pgd100", "cw", "apgd-ce", "aa", "all")
+DEPARTURES = {  # what the numbers of a column have in common -> the footnote of one that departs from it
+    "n": "on the first n = {n} test images, unlike the rest of the column",
+    "epsilon": "ε = {epsilon}, unlike the rest of the column",
+    "attack_seed": "attack seed {attack_seed}, unlike the rest of the column",
+    "train_code": "other code than for the rest of the column (metrics/code/train.json); run dvc repro",
+    "attack_code": "other code than for the rest of the column (metrics/code/{kind}.json); run dvc repro",
+}
+LETTERS = "abcdefghijklmnoprstuvwxyz"  # not digits, which would read as powers; q has no raised form
+RAISED = str.maketrans(LETTERS, "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ")
+Usual = dict[str, dict[str, Any]]  # column -> the value of each of DEPARTURES that most of its numbers have
+
+
+@dataclass(frozen=True)
+class Item:
+    """A text in a table, its footnotes, and its key if it is a cell."""
+
+    text: str = ""
+    notes: tuple[str, ...] = ()
+    key: str | None = None
+
+
+@dataclass
+class Table:
+    """A table as Markdown and the report print it; the first column holds labels."""
+
+    title: str
+    introduction: str  # what a reader must know before the first number
+    head: list[str]
+    rows: list[list[Item]] = field(default_factory=list)
+
+    def footnotes(self) -> dict[str, str]:
+        """The distinct footnotes in order of appearance, each with its mark: one letter, then two of them."""
+        notes = dict.fromkeys(note for row in self.rows for item in row for note in item.notes)
+        return {note: LETTERS[i % len(LETTERS)] * (1 + i // len(LETTERS)) for i, note in enumerate(notes)}
 
 
 def setting_tables(setting: str, params: Params, results: Results, cells: pd.DataFrame) -> list[Table]:
@@ -20,8 +55,8 @@ def setting_tables(setting: str, params: Params, results: Results, cells: pd.Dat
     ours = cells[cells["row"] == setting]
     usual = common(ours)
     best = sorted({*COLUMNS, *ours.loc[ours["checkpoint"] == "best", "column"]}, key=_rank)
-    keys = zip(ours["method"], ours["column"], strict=True)
-    items = dict(zip(keys, _items(ours, usual, params), strict=True))
+    found = ours.to_dict("records")
+    items = {(cell["method"], cell["column"]): _item(cell, usual, params.seeds) for cell in found}
     seeds = ", ".join(map(str, params.seeds))
     one = f"training seed {seeds}, 95 % Wilson interval"
     spread = one if len(params.seeds) == 1 else f"mean ± standard deviation over training seeds {seeds}"
@@ -43,10 +78,17 @@ def paper_table(number: int, params: Params, results: Results, cells: pd.DataFra
     """Table ``number``: under each row of the paper what was reproduced, empty where nothing was run."""
     paper, ours = values(), cells[cells["row"] == f"table{number}"]
     paper, usual = paper[paper["table"] == number], common(ours)
-    items = dict(zip(ours.index, _items(ours, usual, params), strict=True))
+    items = {key: _item(cell, usual, params.seeds) for key, cell in ours.to_dict("index").items()}
+    text = "Accuracy in percent: the paper's, and below it the reproduction in "
+    text += " and ".join(paper["setting"].unique())
+    text += ", 95 % Wilson interval." if len(params.seeds) == 1 else ", mean ± standard deviation over seeds."
+    text += _conditions(usual, columns := list(paper["column"].unique()))
+    missing = paper[~paper["row"].isin(paper.loc[ours.index, "row"])]
+    if len(missing):
+        which = f"of {', '.join(missing['method'].unique())}" if items else "of its rows"
+        text += f" Nothing {which} is both selected and run; `{command(missing)}` runs them."
+    table = Table(TITLES[number], text, ["Method", "", *(heading(column, usual) for column in columns)])
     gaps = ours["difference"].map(Item).to_dict()
-    head = ["Method", "", *(heading(column, usual) for column in paper["column"].unique())]
-    table = Table(TITLES[number], _introduction(paper, params, usual, ours), head, [])
     for _, group in groupby(paper.to_dict("index").items(), key=lambda each: each[1]["row"]):
         row = dict(group)
         first, doubts = next(iter(row.values())), [each["doubts"] for each in row.values()]
@@ -62,18 +104,6 @@ def paper_table(number: int, params: Params, results: Results, cells: pd.DataFra
     return table
 
 
-def _introduction(paper: pd.DataFrame, params: Params, usual: dict[str, Any], ours: pd.DataFrame) -> str:
-    text = "Accuracy in percent: the paper's, and below it the reproduction in "
-    text += " and ".join(paper["setting"].unique())
-    text += ", 95 % Wilson interval." if len(params.seeds) == 1 else ", mean ± standard deviation over seeds."
-    text += _conditions(usual, list(paper["column"].unique()))
-    reproduced = paper.loc[ours.index, "row"]
-    if len(missing := paper[~paper["row"].isin(reproduced)]):
-        which = f"of {', '.join(missing['method'].unique())}" if len(reproduced) else "of its rows"
-        text += f" Nothing {which} is both selected and run; `{command(missing)}` runs them."
-    return text
-
-
 def command(missing: pd.DataFrame) -> str:
     """What selects and runs these published values; the paper's own methods are variants."""
     lists = {"settings": missing["setting"].unique()}
@@ -82,10 +112,28 @@ def command(missing: pd.DataFrame) -> str:
     return "uv run dvc exp run" + "".join(f" -S '{key}=[{','.join(each)}]'" for key, each in lists.items())
 
 
-def _items(cells: pd.DataFrame, usual: dict[str, Any], params: Params) -> list[Item]:
-    """Each cell as a table prints it, with its footnotes."""
-    found = cells.to_dict("records")
-    return [Item(each["text"], footnotes(each, usual, params.seeds), each["cell"]) for each in found]
+def common(cells: pd.DataFrame) -> Usual:
+    """The most frequent values behind each column, the first one on a tie."""
+    columns: dict[str, list[Measured]] = {}
+    for each in chain(*cells["measurements"]):
+        columns.setdefault(each["column"], []).append(each)
+    return {
+        column: {key: mode([each[key] for each in group if each[key] != ""] or [""]) for key in DEPARTURES}
+        for column, group in columns.items()
+    }
+
+
+def _item(cell: Measured, usual: Usual, seeds: list[int]) -> Item:
+    """A cell with its caveats, what sets it apart from its column, and the seeds if some were not run."""
+    notes = []
+    for each in cell["measurements"]:
+        part = f"{name(each['column'])}: " if cell["column"] == "all" else ""
+        apart = [key for key in DEPARTURES if each[key] not in ("", usual[each["column"]][key])]
+        notes += [part + DEPARTURES[key].format_map(each) for key in apart] + list(each["caveats"])
+    run = dict.fromkeys(str(each["seed"]) for each in cell["measurements"])
+    if len(run) < len(seeds):
+        notes.append(f"training seed {', '.join(run)} only; the others have not been run")
+    return Item(cell["text"], tuple(dict.fromkeys(notes)), cell["cell"])
 
 
 def _rank(column: str) -> tuple[int, int]:
@@ -94,12 +142,12 @@ def _rank(column: str) -> tuple[int, int]:
     return [*NAMES, attack].index(attack), int(number or 0)
 
 
-def heading(column: str, usual: dict[str, Any]) -> str:
+def heading(column: str, usual: Usual) -> str:
     """A column's heading, with its number of test images where something was run."""
     return f"{name(column)} (n={usual[column]['n']})" if column in usual else name(column)
 
 
-def _conditions(usual: dict[str, Any], columns: Iterable[str], source: str = "") -> str:
+def _conditions(usual: Usual, columns: Iterable[str], source: str = "") -> str:
     """Epsilon and attack seed of the columns, named apart where they differ; what ``all`` is and mixes."""
     groups: dict[str, list[str]] = {}
     for column, each in ((column, usual[column]) for column in columns if column in usual):
@@ -115,3 +163,25 @@ def _conditions(usual: dict[str, Any], columns: Iterable[str], source: str = "")
         text += f" {' and '.join(map(name, fewer))}: the first {counts[fewer[0]]} test images alone, "
         text += "easier or harder than all" + ("; All mixes both." if mixed else ".")
     return text
+
+
+def markdown(tables: list[Table]) -> str:
+    """The tables of one file; the first title is the file's. Reads well as plain text too."""
+    return "\n".join(_markdown(table, "#" * min(2, rank)) for rank, table in enumerate(tables, 1))
+
+
+def _markdown(table: Table, level: str) -> str:
+    raised = {note: mark.translate(RAISED) for note, mark in table.footnotes().items()}
+    body = [
+        [i.text + " ".join(m for note, m in raised.items() if note in i.notes) for i in row]
+        for row in table.rows
+    ]
+    columns = []
+    for rank, texts in enumerate(zip(table.head, *body, strict=True)):
+        width, align = max(3, *map(len, texts)), ">" if rank else "<"
+        rule = "-" * (width - 1) + (":" if rank else "-")
+        columns.append([f"{text:{align}{width}}" for text in (texts[0], rule, *texts[1:])])
+    grid = "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
+    notes = "\n".join(f"{mark} {note}  " for note, mark in raised.items()).rstrip()
+    parts = [f"{level} {table.title}", table.introduction, grid, notes]
+    return "\n\n".join(part for part in parts if part) + "\n"

@@ -10,9 +10,8 @@ import pandas as pd
 from dynat.config.params import Params
 from dynat.paper import published
 from dynat.paper.cells import NUMBERS, cells_json, paper_cells, setting_cells
-from dynat.paper.markup import Table, markdown
 from dynat.paper.measurements import CURVES, RUN, Results, read_results
-from dynat.paper.tables import COLUMNS, paper_table, setting_tables
+from dynat.paper.tables import COLUMNS, Table, markdown, paper_table, setting_tables
 
 TABLES, PLOTS, REPORT = "metrics/tables", "metrics/plots", "metrics/report.html"
 SUMMARY = ["clean", "pgd20", "cw", "aa"]

@@ -1,5 +1,6 @@
 """The report: one file without network or scripts, the same bytes each time, every number with its source."""
 
+import base64
 import json
 import re
 import shlex
@@ -13,8 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 from synthetic import COUNTS, files, history, params, put, write
 
-from dynat.paper.images import perturbed
-from dynat.paper.report import recounted, render, slug
+from dynat.paper.report import data_uri, perturbed, recounted, render, slug
 from dynat.paper.tabulation import tabulate
 
 BASELINES, VARIANTS = ["trades", "gairat", "lbgat0"], ["dynat", "dynat_inner_gairat"]
@@ -176,6 +176,16 @@ def test_an_attack_that_broke_nothing_has_no_images(tmp_path: Path) -> None:
     save_file(none, tmp_path / "metrics/attack/toy/dynat/0.witness.safetensors")
     assert perturbed(tmp_path, "toy", "dynat", 0) == []
     assert perturbed(tmp_path, "toy", "dynat", 0, attack="pgd7") == []
+
+
+def test_bitmap_holds_the_pixels_unchanged() -> None:
+    pixels = np.random.default_rng(0).integers(
+        0, 256, (3, 5, 4), dtype=np.uint8
+    )  # rows of 12 bytes: no padding
+    data = base64.b64decode(data_uri(pixels).partition(",")[2])
+    offset = int.from_bytes(data[10:14], "little")
+    rows = np.frombuffer(data[offset:], np.uint8).reshape(5, 4, 3)[::-1, :, ::-1]  # bottom row first, BGR
+    assert (rows.transpose(2, 0, 1) == pixels).all()
 
 
 def test_everything_is_the_same_to_the_byte_in_another_process_and_needs_no_torch(
