@@ -6,8 +6,9 @@ Every number is recounted from the verdicts; results that contradict each other 
 from pathlib import Path
 
 from dynat.config.params import load
+from dynat.paper.cells import REPORT
 from dynat.paper.report import render
-from dynat.paper.tabulation import REPORT, tabulate, text_files
+from dynat.paper.tabulation import tabulate, text_files
 from dynat.runtime.files import write_atomically
 from dynat.runtime.stage import main
 

@@ -10,10 +10,10 @@ from dynat.audit.link import Link, absent, broken, good, one_line
 from dynat.config.params import Params, load
 from dynat.errors import UserError
 from dynat.evaluation.verdicts import accuracy, decode
-from dynat.paper.cells import average, difference
+from dynat.paper.cells import PLOTS, REPORT, TABLES, average, difference
 from dynat.paper.measurements import RUN
 from dynat.paper.report import recounted  # not render: figures need more than Git has
-from dynat.paper.tabulation import PLOTS, REPORT, TABLES, tabulate, text_files
+from dynat.paper.tabulation import tabulate, text_files
 from dynat.runtime.files import read_json
 
 CELLS = f"{TABLES}/cells.json"
@@ -124,11 +124,10 @@ class Printed:
 
     def _compare(self, name: str, wanted: Any) -> Link:
         try:
-            now: Any = self._entries.get(name) or (self.root / name).read_text(encoding="utf-8")
-        except FileNotFoundError:
-            return broken("tables", name, "missing", RETABULATE)
-        except (OSError, ValueError) as error:
-            return broken("tables", name, f"cannot be checked: {one_line(error)}", "")
+            now: Any = self._entries.get(name) or (self.root / name).read_text("utf-8", "replace")
+        except OSError as error:
+            text = "missing" if isinstance(error, FileNotFoundError) else f"unreadable ({error.strerror})"
+            return broken("tables", name, text, RETABULATE)
         if wanted is None:
             return broken("tables", name, "is nothing that tabulate writes", "remove it, or run dvc repro")
         what = "its tables and sheets are" if name == REPORT else "is"

@@ -15,6 +15,7 @@ import pandas as pd
 from dynat.evaluation.verdicts import wilson
 from dynat.paper.published import values
 
+TABLES, PLOTS, REPORT = "metrics/tables", "metrics/plots", "metrics/report.html"
 AVERAGED = ("pgd10", "pgd20", "pgd50", "cw", "aa")  # "All" of the paper's Table 1
 LAST = ("last-clean", "last-pgd20")  # columns of the last epoch in Markdown; the CSV has all of them
 NUMBERS = ("accuracy", "low", "high", "sd", "n")
@@ -116,11 +117,13 @@ def difference(reproduced: str, published: str) -> str:
 
 
 def cells_json(cells: pd.DataFrame) -> str:
-    """``cells.json``, one cell a line; of ``FIELDS``, those that are not empty."""
+    """``cells.json``, one cell a line."""
     lines = []
     for cell in cells.to_dict("records"):
-        names = ("text", "rule", "format", "numbers", "published", "difference", "tables")
+        names = ("text", "rule", "format", "numbers", "published", "difference")
         value = {name: cell[name] for name in names if cell[name]}
+        printed = [f"{TABLES}/{cell['row']}.md", REPORT] if cell["row"] else []
+        value["tables"] = [*printed, f"{TABLES}/{cell['table']}.csv"]
         value["sources"] = [{name: each[name] for name in SOURCE} for each in cell["measurements"]]
         lines.append(f"{json.dumps(cell['cell'])}: {json.dumps(value, ensure_ascii=False)}")
     return "{\n" + ",\n".join(lines) + "\n}\n"

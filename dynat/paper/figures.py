@@ -8,6 +8,7 @@ import io
 import re
 from collections.abc import Sequence
 from itertools import product
+from typing import Any
 
 import pandas as pd
 from matplotlib import rcParams, style
@@ -33,7 +34,7 @@ def training(name: str, histories: pd.DataFrame, methods: Sequence[str]) -> str:
     A single method gets a small panel, with its accuracy under PGD on held-out images.
     """
     single = len(methods) == 1
-    axes = _axes(2.6 if single else 4.6, 2.1)
+    axes = _axes(2.6 if single else 4.6, 2.1, xlabel="epoch", ylabel="accuracy, %", ylim=(0, 102))
     for rank, method in enumerate(methods):
         runs = [run for _, run in histories[histories["method"] == method].groupby("seed", sort=False)]
         for run, label in product(runs, list(CURVES)[: 3 if single else 2]):
@@ -41,7 +42,6 @@ def training(name: str, histories: pd.DataFrame, methods: Sequence[str]) -> str:
             points = run.loc[run[column] != "", ["epoch", column]].astype(float)
             text = None if run is not runs[0] or points.empty else label if single else f"{method}, {label}"
             axes.plot(*points.to_numpy().T, line, color=COLOURS[rank + colour], lw=1.2, label=text)
-    axes.set(xlabel="epoch", ylabel="accuracy, %", ylim=(0, 102))
     axes.xaxis.set_major_locator(MaxNLocator(integer=True))
     axes.legend(loc="best" if single else "lower right", fontsize=8)
     if single:
@@ -55,7 +55,8 @@ def intervals(name: str, cells: pd.DataFrame, family: Sequence[str], label: str)
 
     The interval is Wilson's of one seed, one standard deviation to both sides of several.
     """
-    axes = _axes(4.6, 0.7 + 0.24 * len(cells), 0.2 + 0.075 * max(map(len, cells.index)))
+    left = 0.2 + 0.075 * max(map(len, cells.index))
+    axes = _axes(4.6, 0.7 + 0.24 * len(cells), left, xlabel=label, ylim=(0.4, len(cells) + 0.6))
     places = range(len(cells), 0, -1)
     for place, (method, cell) in zip(places, cells.iterrows(), strict=True):
         mean, sd = cell["mean"], cell["sd"]
@@ -66,7 +67,6 @@ def intervals(name: str, cells: pd.DataFrame, family: Sequence[str], label: str)
         text = axes.annotate(cell["accuracy"], (ends[1], place), (5, 0), textcoords="offset points")
         text.set(va="center", fontsize=8)
     axes.set_yticks(list(places), list(cells.index))
-    axes.set(xlabel=label, ylim=(0.4, len(cells) + 0.6))
     axes.margins(x=0.12)
     axes.grid(axis="y", visible=False)
     return _svg(axes, name)
@@ -75,14 +75,13 @@ def intervals(name: str, cells: pd.DataFrame, family: Sequence[str], label: str)
 @style.context(STYLE)
 def bars(name: str, means: pd.DataFrame) -> str:
     """Accuracy (percent) of each method (column) under each attack (index), side by side. Figure 5."""
-    axes = _axes(4.6, 2.4)
+    axes = _axes(4.6, 2.4, ylabel="accuracy, %", ylim=(0, 105))
     width = 0.8 / means.shape[1]
     for rank, (method, heights) in enumerate(means.items()):
         places = [place + (rank + 0.5) * width - 0.4 for place in range(len(heights))]
         drawn = axes.bar(places, heights, width * 0.92, color=COLOURS[rank], label=method)
         axes.bar_label(drawn, heights.map("{:.2f}".format), fontsize=6, padding=1)
     axes.set_xticks(range(len(means)), list(means.index))
-    axes.set(ylabel="accuracy, %", ylim=(0, 105))
     axes.grid(axis="x", visible=False)
     axes.legend(loc="lower center", bbox_to_anchor=(0.5, 1.0), fontsize=8, ncols=means.shape[1])
     return _svg(axes, name)
@@ -94,7 +93,7 @@ def against_epsilon(name: str, radii: pd.DataFrame, dashed: set[str]) -> str:
 
     The largest epsilon, 1, where every image is in the ball, is left to the sanity checks.
     """
-    axes = _axes(4.6, 3.0)
+    axes = _axes(4.6, 3.0, xlabel="ε", ylabel="accuracy, %", ylim=(0, 102))
     methods, means = list(radii["method"].unique()), radii.groupby(["method", "epsilon"])["accuracy"].mean()
     for method in methods:
         family = [each for each in methods if (each in dashed) == (method in dashed)]
@@ -102,16 +101,15 @@ def against_epsilon(name: str, radii: pd.DataFrame, dashed: set[str]) -> str:
         points, line = means[method][:-1], "--" if method in dashed else "-"
         (curve,) = axes.plot(points.index, points, line, color=COLOURS[place], lw=1.2, label=method)
         curve.set(marker=MARKERS[turn % len(MARKERS)], ms=3)
-    axes.set(xlabel="ε", ylabel="accuracy, %", ylim=(0, 102))
     axes.legend(fontsize=7, ncols=1 + (len(methods) > 8), loc="upper right")
     return _svg(axes, name)
 
 
-def _axes(width: float, height: float, left: float = 0.5) -> Axes:
+def _axes(width: float, height: float, left: float = 0.5, **settings: Any) -> Axes:
     """The axes of an empty figure; size in inches, ``left`` what the labels there need."""
     figure = Figure(figsize=(width, height))
     figure.subplots_adjust(left / width, 0.45 / height, 1 - 0.1 / width, 1 - 0.25 / height)
-    return figure.subplots()
+    return figure.subplots(subplot_kw=settings)
 
 
 def _svg(axes: Axes, name: str) -> str:

@@ -66,11 +66,14 @@ class Results:
 
 
 def read_results(params: Params, root: Path = Path()) -> Results:
-    """Every selected result below ``root``.
-
-    Raises :class:`UserError` on metrics that contradict their verdicts or each other's weights.
-    """
-    code, measured, radii, histories = read_code(root), list[Measurement](), [], []
+    """Every selected result; :class:`UserError` on metrics that contradict their verdicts or each other."""
+    code = {  # of attack@digits-dynat-0, metrics/code/attack.json; -s, frozen and dvc commit can mix versions
+        re.sub(r"_(baseline|dynat)@", "@", stage, count=1): md5
+        for stage, entry in read_lock(root).items()
+        for path, md5 in locked(entry, "deps").items()
+        if path.startswith("metrics/code/")
+    }
+    measured, radii, histories = list[Measurement](), [], []
     epochs: Texts = defaultdict(list)
     failed: Texts = defaultdict(list)
     for run in product(params.settings, (*params.baselines, *params.variants), params.seeds):
@@ -96,19 +99,6 @@ def read_results(params: Params, root: Path = Path()) -> Results:
         epochs,
         failed,
     )
-
-
-def read_code(root: Path) -> dict[str, str]:
-    """``attack@digits-dynat-0`` -> MD5 of the code (``metrics/code/attack.json``) that ``dvc.lock`` records.
-
-    A whole ``dvc repro`` brings all stages to one version. ``-s``, ``frozen`` and ``dvc commit`` need not.
-    """
-    return {
-        re.sub(r"_(baseline|dynat)@", "@", stage, count=1): md5
-        for stage, entry in read_lock(root).items()
-        for path, md5 in locked(entry, "deps").items()
-        if path.startswith("metrics/code/")
-    }
 
 
 def _metrics(root: Path, name: str) -> dict[str, dict[str, Any]]:

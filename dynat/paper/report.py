@@ -68,7 +68,7 @@ def _figures(found: Tabulation, setting: str, root: Path) -> dict[str, Any]:
     clean = cells[cells["column"] == "clean"].set_index("method")
     hybrids = means[[method for method in clean.index if method in HYBRIDS]].dropna()
     first = sorted((*family, *baselines), key=lambda method: method != "dynat")
-    images = ((method, perturbed(root, setting, method, found.params.seeds[0])) for method in first)
+    images = ((method, perturbed(root, setting, f"{method}/{found.params.seeds[0]}")) for method in first)
     return {
         "rivals": rivals and figures.training(f"training-{setting}", histories, ["dynat", rivals[0]]),
         "trained": [figures.training(f"training-{setting}-{each}", histories, [each]) for each in trained],
@@ -81,16 +81,14 @@ def _figures(found: Tabulation, setting: str, root: Path) -> dict[str, Any]:
     }
 
 
-def perturbed(
-    root: Path, setting: str, method: str, seed: int, attack: str = "pgd20", count: int = 6
-) -> list[dict[str, Any]]:
-    """The first ``count`` images that ``attack`` broke: index, label, and :data:`Pixels` of the three.
+def perturbed(root: Path, setting: str, run: str, attack: str = "pgd20") -> list[dict[str, Any]]:
+    """The first six images that ``attack`` broke in ``run`` (such as ``dynat/0``), with index and label.
 
-    natural, perturbed, and difference, amplified until the largest one of the image fills the range; grey
-    means none. Empty where nothing was broken, or witness or data are not at hand; :class:`UserError` if
-    they are unreadable.
+    :data:`Pixels` ``natural``, ``perturbed`` and ``difference``, amplified until the largest one of the image
+    fills the range; grey means none. Empty where nothing was broken, or witness or data are not at hand;
+    :class:`UserError` if they are unreadable.
     """
-    witness = root / f"metrics/attack/{setting}/{method}/{seed}.witness.safetensors"
+    witness = root / f"metrics/attack/{setting}/{run}.witness.safetensors"
     data = root / f"data/{setting}.safetensors"
     if not (witness.exists() and data.exists()):
         return []
@@ -98,7 +96,7 @@ def perturbed(
         with safe_open(witness, framework="numpy") as file:
             if f"best/{attack}/indices" not in file.keys():  # noqa: SIM118  not a dict
                 return []
-            indices = file.get_tensor(f"best/{attack}/indices")[:count]
+            indices = file.get_tensor(f"best/{attack}/indices")[:6]
             images = file.get_slice(f"best/{attack}/images")[: len(indices)] if len(indices) else []
         with safe_open(data, framework="numpy") as file:
             naturals = [file.get_slice("test_images")[i : i + 1][0] for i in map(int, indices)]

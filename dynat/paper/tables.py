@@ -63,9 +63,10 @@ def setting_tables(setting: str, params: Params, results: Results, cells: pd.Dat
     text = f"Accuracy in percent, {spread}; weights of the best epoch on held-out data."
     text += _conditions(usual, best, ", as in the paper's Table 1")
     other = f"The same trainings without choosing an epoch.{_conditions(usual, LAST)}"
-    chosen = Table(setting, text, ["Method", *(heading(column, usual) for column in best)])
-    last = Table(f"{setting}, last epoch", other, ["Method", "Epoch (chosen / last)"])
-    last.head += [heading(column, usual) for column in LAST]
+    chosen = Table(setting, text, ["Method", *_headings(best, usual)])
+    last = Table(
+        f"{setting}, last epoch", other, ["Method", "Epoch (chosen / last)", *_headings(LAST, usual)]
+    )
     for method in [*params.baselines, *params.variants]:
         label = Item(method, tuple(results.failed_checks[setting, method]))
         epochs = Item(", ".join(results.epochs[setting, method]))
@@ -83,11 +84,10 @@ def paper_table(number: int, params: Params, results: Results, cells: pd.DataFra
     text += " and ".join(paper["setting"].unique())
     text += ", 95 % Wilson interval." if len(params.seeds) == 1 else ", mean ± standard deviation over seeds."
     text += _conditions(usual, columns := list(paper["column"].unique()))
-    missing = paper[~paper["row"].isin(paper.loc[ours.index, "row"])]
-    if len(missing):
+    if len(missing := paper[~paper["row"].isin(paper.loc[ours.index, "row"])]):
         which = f"of {', '.join(missing['method'].unique())}" if items else "of its rows"
         text += f" Nothing {which} is both selected and run; `{command(missing)}` runs them."
-    table = Table(TITLES[number], text, ["Method", "", *(heading(column, usual) for column in columns)])
+    table = Table(TITLES[number], text, ["Method", "", *_headings(columns, usual)])
     gaps = ours["difference"].map(Item).to_dict()
     for _, group in groupby(paper.to_dict("index").items(), key=lambda each: each[1]["row"]):
         row = dict(group)
@@ -142,9 +142,9 @@ def _rank(column: str) -> tuple[int, int]:
     return [*NAMES, attack].index(attack), int(number or 0)
 
 
-def heading(column: str, usual: Usual) -> str:
-    """A column's heading, with its number of test images where something was run."""
-    return f"{name(column)} (n={usual[column]['n']})" if column in usual else name(column)
+def _headings(columns: Iterable[str], usual: Usual) -> list[str]:
+    """The names of the columns, with the number of test images where something was run."""
+    return [f"{name(c)} (n={usual[c]['n']})" if c in usual else name(c) for c in columns]
 
 
 def _conditions(usual: Usual, columns: Iterable[str], source: str = "") -> str:
@@ -153,10 +153,8 @@ def _conditions(usual: Usual, columns: Iterable[str], source: str = "") -> str:
     for column, each in ((column, usual[column]) for column in columns if column in usual):
         text = f"ε = {each['epsilon']}, attack seed {each['attack_seed']}"
         groups.setdefault(text, []).append(name(column))
-    text = "".join(
-        f" {', '.join(names)}: {each}." if len(groups) > 1 else f" {each}." for each, names in groups.items()
-    )
-    mixed = "all" in columns
+    apart, mixed = len(groups) > 1, "all" in columns
+    text = "".join(f" {', '.join(of)}: {each}." if apart else f" {each}." for each, of in groups.items())
     text += f" All: mean of {', '.join(map(name, AVERAGED))}{source}." if mixed else ""
     counts = {column: usual[column]["n"] for column in AVERAGED if column in usual and column in columns}
     if fewer := [column for column, n in counts.items() if n < max(counts.values())]:
@@ -172,15 +170,12 @@ def markdown(tables: list[Table]) -> str:
 
 def _markdown(table: Table, level: str) -> str:
     raised = {note: mark.translate(RAISED) for note, mark in table.footnotes().items()}
-    body = [
-        [i.text + " ".join(m for note, m in raised.items() if note in i.notes) for i in row]
-        for row in table.rows
-    ]
     columns = []
-    for rank, texts in enumerate(zip(table.head, *body, strict=True)):
-        width, align = max(3, *map(len, texts)), ">" if rank else "<"
+    for rank, (head, *items) in enumerate(zip(table.head, *table.rows, strict=True)):
+        texts = [i.text + " ".join(m for note, m in raised.items() if note in i.notes) for i in items]
+        width, align = max(3, len(head), *map(len, texts)), ">" if rank else "<"
         rule = "-" * (width - 1) + (":" if rank else "-")
-        columns.append([f"{text:{align}{width}}" for text in (texts[0], rule, *texts[1:])])
+        columns.append([f"{text:{align}{width}}" for text in (head, rule, *texts)])
     grid = "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
     notes = "\n".join(f"{mark} {note}  " for note, mark in raised.items()).rstrip()
     parts = [f"{level} {table.title}", table.introduction, grid, notes]

@@ -9,11 +9,10 @@ import pandas as pd
 
 from dynat.config.params import Params
 from dynat.paper import published
-from dynat.paper.cells import NUMBERS, cells_json, paper_cells, setting_cells
+from dynat.paper.cells import NUMBERS, PLOTS, TABLES, cells_json, paper_cells, setting_cells
 from dynat.paper.measurements import CURVES, RUN, Results, read_results
 from dynat.paper.tables import COLUMNS, Table, markdown, paper_table, setting_tables
 
-TABLES, PLOTS, REPORT = "metrics/tables", "metrics/plots", "metrics/report.html"
 SUMMARY = ["clean", "pgd20", "cw", "aa"]
 NUMBER = [*NUMBERS, "epsilon", "attack_seed", "caveats"]
 SETTING = ["method", "checkpoint", "attack", "seed", *NUMBER, "cell"]
@@ -40,10 +39,6 @@ def tabulate(params: Params, root: Path = Path()) -> Tabulation:
     cells = pd.concat([cells, paper_cells(cells)])
     tables = {setting: setting_tables(setting, params, results, cells) for setting in params.settings}
     tables |= {f"table{number}": [paper_table(number, params, results, cells)] for number in published.TITLES}
-    cells["tables"] = [
-        [*([f"{TABLES}/{row}.md", REPORT] if row else []), f"{TABLES}/{table}.csv"]
-        for row, table in zip(cells["row"], cells["table"], strict=True)
-    ]
     return Tabulation(params, results, cells, tables)
 
 
@@ -52,7 +47,9 @@ def text_files(found: Tabulation) -> dict[str, str]:
     files = {f"{TABLES}/{file}.md": markdown(tables) for file, tables in found.tables.items()}
     for setting in found.params.settings:
         files[f"{TABLES}/{setting}.csv"] = csv_text(setting_rows(setting, found), SETTING)
-    for number, rows in paper_rows(found.cells).groupby("table"):
+    paper = published.values().rename(columns={"column": "attack"})
+    paper = paper.join(found.cells[[*NUMBER, "difference", "cell"]])  # nothing where nothing was run
+    for number, rows in paper.groupby("table"):
         files[f"{TABLES}/table{number}.csv"] = csv_text(rows, PAPER)
     files[f"{TABLES}/cells.json"] = cells_json(found.cells)
     files[f"{PLOTS}/training.csv"] = csv_text(found.results.histories, [*RUN, "epoch", *CURVES])
@@ -73,17 +70,9 @@ def setting_rows(setting: str, found: Tabulation) -> pd.DataFrame:
     """A row per method, checkpoint, attack and seed ("mean" after several); no accuracy if not run."""
     ours, names = found.cells[found.cells["table"] == setting], ["method", "checkpoint", "attack"]
     methods = [*found.params.baselines, *found.params.variants]
-    wanted = dict.fromkeys(product(methods, ["best"], COLUMNS))
-    wanted |= dict.fromkeys(ours[names].itertuples(index=False, name=None))
-    ordered = sorted(wanted, key=lambda each: methods.index(each[0]))
-    return pd.DataFrame(ordered, columns=names).merge(ours, how="left")
-
-
-def paper_rows(cells: pd.DataFrame) -> pd.DataFrame:
-    """A row per published value, in the paper's order; no accuracy where nothing was run."""
-    paper = published.values().rename(columns={"column": "attack"})
-    doubtful = paper["doubts"].map(lambda doubts: "yes" if doubts else "")
-    return paper.assign(doubtful=doubtful).join(cells[[*NUMBER, "difference", "cell"]])
+    wanted = pd.DataFrame(product(methods, ["best"], COLUMNS), columns=names)
+    rows = pd.concat([wanted, ours[names]]).drop_duplicates().merge(ours, how="left")
+    return rows.sort_values("method", key=lambda column: column.map(methods.index), kind="stable")
 
 
 def csv_text(rows: pd.DataFrame, columns: list[str]) -> str:

@@ -158,7 +158,7 @@ def test_text_from_results_is_escaped(tmp_path: Path) -> None:
 
 
 def test_images_are_those_of_data_and_witness(results: Path) -> None:
-    first, second = perturbed(results, "toy", "dynat", 0)
+    first, second = perturbed(results, "toy", "dynat/0")
     assert [(each["index"], each["label"]) for each in (first, second)] == [(2, 2), (5, 5)]
     expected = np.arange(10 * 3 * 8 * 8).reshape(10, 3, 8, 8)[2] % 251
     assert (first["natural"] == expected).all()
@@ -174,8 +174,8 @@ def test_an_attack_that_broke_nothing_has_no_images(tmp_path: Path) -> None:
         "best/pgd20/images": np.zeros((0, 3, 8, 8), np.float32),
     }
     save_file(none, tmp_path / "metrics/attack/toy/dynat/0.witness.safetensors")
-    assert perturbed(tmp_path, "toy", "dynat", 0) == []
-    assert perturbed(tmp_path, "toy", "dynat", 0, attack="pgd7") == []
+    assert perturbed(tmp_path, "toy", "dynat/0") == []
+    assert perturbed(tmp_path, "toy", "dynat/0", attack="pgd7") == []
 
 
 def test_bitmap_holds_the_pixels_unchanged() -> None:

@@ -24,8 +24,8 @@ def values() -> pd.DataFrame:
     The index is the key of its cell, such as ``table1/DYNAT/aa``; in Table 3, which has its methods twice,
     with the target. Columns: ``row`` (the key without the attack), ``table`` (int), ``group`` ("Others" or
     "Ours"), ``target``, ``guide`` (empty without one), ``method`` (as the paper calls it), ``setting`` and
-    ``recipe`` (what reproduces it), ``column``, ``published`` (percent, as printed), and as tuples of text
-    ``notes`` (all that is known of its origin) and ``doubts`` (why not to take it as a reference).
+    ``recipe`` (what reproduces it), ``column``, ``published`` (percent, as printed), as tuples of text
+    ``notes`` (all that is known of its origin) and ``doubts`` (why it is no reference), and ``doubtful``.
     """
     notes = _read("notes.csv").set_index("key")
     texts, doubtful = notes["text"].to_dict(), notes["doubtful"].eq("yes").to_dict()
@@ -33,6 +33,7 @@ def values() -> pd.DataFrame:
     keys = found["notes"].str.split()
     found["notes"] = [tuple(texts[key] for key in each) for each in keys]
     found["doubts"] = [tuple(texts[key] for key in each if doubtful[key]) for each in keys]
+    found["doubtful"] = found["doubts"].map(lambda doubts: "yes" if doubts else "")
     target = (found["target"] + "/").where(found["table"] == "3", "")
     found["row"] = "table" + found["table"] + "/" + target + found["method"]
     return found.astype({"table": int}).set_index(found["row"] + "/" + found["column"])
