@@ -25,7 +25,7 @@ CAVEATS = {  # entries of the metrics -> a sentence that must stand beside their
     ("precision", "mixed"): "attack crafted in bf16, every success verified in fp32",
     ("trained_in", "bf16"): "trained in bf16, the paper in fp32",
 }
-Texts = dict[tuple[str, str], list[str]]  # by setting and method; nothing for what was not run
+Texts = defaultdict[tuple[str, str], list[str]]  # by setting and method; nothing for what was not run
 
 
 class Measurement(NamedTuple):
@@ -67,15 +67,14 @@ class Results:
 
 def read_results(params: Params, root: Path = Path()) -> Results:
     """Every selected result; :class:`UserError` on metrics that contradict their verdicts or each other."""
-    code = {  # of attack@digits-dynat-0, metrics/code/attack.json; -s, frozen and dvc commit can mix versions
+    code = {  # attack@digits-dynat-0 -> MD5; -s, frozen and dvc commit can leave stages of mixed versions
         re.sub(r"_(baseline|dynat)@", "@", stage, count=1): md5
         for stage, entry in read_lock(root).items()
         for path, md5 in locked(entry, "deps").items()
         if path.startswith("metrics/code/")
     }
     measured, radii, histories = list[Measurement](), [], []
-    epochs: Texts = defaultdict(list)
-    failed: Texts = defaultdict(list)
+    epochs, failed = Texts(list), Texts(list)
     for run in product(params.settings, (*params.baselines, *params.variants), params.seeds):
         name = "/".join(map(str, run))
         try:

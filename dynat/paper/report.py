@@ -1,7 +1,6 @@
 """``metrics/report.html``: tables beside the published values, figures, and the source of every number.
 
-One self-contained file without scripts; a number opens the sheet that says how it was counted. The page and
-its words are in ``templates``.
+One file without scripts, from ``templates``; a number opens the sheet that says how it was counted.
 """
 
 import base64

@@ -64,9 +64,8 @@ def setting_tables(setting: str, params: Params, results: Results, cells: pd.Dat
     text += _conditions(usual, best, ", as in the paper's Table 1")
     other = f"The same trainings without choosing an epoch.{_conditions(usual, LAST)}"
     chosen = Table(setting, text, ["Method", *_headings(best, usual)])
-    last = Table(
-        f"{setting}, last epoch", other, ["Method", "Epoch (chosen / last)", *_headings(LAST, usual)]
-    )
+    head = ["Method", "Epoch (chosen / last)", *_headings(LAST, usual)]
+    last = Table(f"{setting}, last epoch", other, head)
     for method in [*params.baselines, *params.variants]:
         label = Item(method, tuple(results.failed_checks[setting, method]))
         epochs = Item(", ".join(results.epochs[setting, method]))

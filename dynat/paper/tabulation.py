@@ -54,13 +54,13 @@ def text_files(found: Tabulation) -> dict[str, str]:
     files[f"{TABLES}/cells.json"] = cells_json(found.cells)
     files[f"{PLOTS}/training.csv"] = csv_text(found.results.histories, [*RUN, "epoch", *CURVES])
     ours = found.cells[found.cells["table"].isin(found.params.settings)]
-    files[f"{PLOTS}/accuracy.csv"] = csv_text(
-        ours[ours["checkpoint"] == "best"], [*RUN, "attack", "accuracy"]
-    )
+    best = ours[ours["checkpoint"] == "best"]
+    files[f"{PLOTS}/accuracy.csv"] = csv_text(best, [*RUN, "attack", "accuracy"])
     few = ours[ours["column"].isin(SUMMARY) & (ours["row"] != "")]
     for run, own in few.groupby(few["setting"] + "/" + few["method"], sort=False):
-        means = {column: round(mean, 2) for column, mean in zip(own["column"], own["mean"], strict=True)}
-        files[f"{TABLES}/summary/{run}.json"] = json.dumps(means, indent=1) + "\n"
+        means = own.set_index("column")["mean"].to_dict()
+        numbers = {column: round(means[column], 2) for column in SUMMARY if column in means}
+        files[f"{TABLES}/summary/{run}.json"] = json.dumps(numbers, indent=1) + "\n"
     if len(found.results.radii):
         files[f"{PLOTS}/epsilon.csv"] = csv_text(found.results.radii, [*RUN, "epsilon", "accuracy"])
     return files

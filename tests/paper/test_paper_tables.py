@@ -73,6 +73,9 @@ def test_table_3_has_both_targets_of_the_same_method(tmp_path: Path) -> None:
     assert cells["table3/WRN-34-10/GAIRAT/pgd20"]["text"].startswith("74.00")
     assert cells["table3/ResNet-18/GAIRAT/pgd20"]["text"].startswith("54.00")
     assert cells["table4/GAIRAT/apgd-ce"]["text"].startswith("50.00")
+    assert (
+        "AA: the first 40 test images alone, easier or harder than all." in found["metrics/tables/table3.md"]
+    )
 
 
 def test_unselected_settings_fill_no_cell(tmp_path: Path) -> None:
