@@ -11,8 +11,6 @@ from torch.nn import functional as F
 
 from dynat.errors import UserError
 
-SPLITS = ("train", "validation", "test")
-
 
 class Splits(NamedTuple):
     """Images uint8 [N, C, H, W] and labels int64 [N] of three disjoint splits; validation may be empty."""
@@ -35,32 +33,21 @@ def load(path: Path, device: torch.device) -> Splits:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
             classes = tuple(json.loads((file.metadata() or {})["dynat"])["classes"])
+        data = Splits(**tensors, classes=classes)
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; run the stage prepare") from error
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:
         raise UserError(f"{path}: not a data file of the stage prepare ({error!r}); run it again") from error
-    if fault := _fault(tensors, len(classes)):
-        raise UserError(f"{path}: {fault}; run the stage prepare again")
-    return Splits(**{name: tensor.to(device) for name, tensor in tensors.items()}, classes=classes)
-
-
-def _fault(tensors: dict[str, Tensor], classes: int) -> str | None:
-    """What is wrong with the tensors of a data file, or None."""
-    names = {f"{split}_{part}" for split in SPLITS for part in ("images", "labels")}
-    if set(tensors) != names:
-        return f"expected the tensors {sorted(names)}, found {sorted(tensors)}"
-    shape = tensors["train_images"].shape[1:]
-    for split in SPLITS:
+    for split in ("train", "validation", "test"):
         images, labels = tensors[f"{split}_images"], tensors[f"{split}_labels"]
-        if images.dtype != torch.uint8 or images.dim() != 4 or images.shape[1:] != shape or 0 in shape:
-            return f"{split}_images must be uint8 [N, C, H, W], found {images.dtype} {list(images.shape)}"
-        if labels.dtype != torch.int64 or labels.shape != images.shape[:1]:
-            return f"{split}_labels must be int64 [{len(images)}], found {labels.dtype} {list(labels.shape)}"
-        if len(labels) and (int(labels.min()) < 0 or int(labels.max()) >= classes):
-            return f"{split}_labels must lie in 0..{classes - 1}"
-        if not len(labels) and split != "validation":
-            return f"{split}_images is empty"
-    return None
+        like_train = images.dim() == 4 and images.shape[1:] == data.train_images.shape[1:]
+        labelled = labels.dtype == torch.int64 and labels.shape == images.shape[:1]
+        in_range = not labels.numel() or 0 <= labels.min() <= labels.max() < len(classes)
+        enough = images.numel() > 0 or split == "validation"
+        if not (images.dtype == torch.uint8 and like_train and labelled and in_range and enough):
+            wanted = f"images uint8 [N, C, H, W] and labels int64 [N] in 0..{len(classes) - 1}"
+            raise UserError(f"{path}: {split} must have {wanted}; run the stage prepare again")
+    return data._replace(**{name: tensor.to(device) for name, tensor in tensors.items()})
 
 
 def to_unit(images: Tensor) -> Tensor:
@@ -81,7 +68,7 @@ def augment(
     ``images`` uint8 [B, C, H, W]; ``shifts`` int64 [B, 2], the crop's first row and column in the padded
     image, 0..2·pad (``pad`` leaves the image in place); ``flips`` bool [B]; ``angles`` degrees [B],
     counter-clockwise. The same as torchvision's ``RandomCrop``, ``RandomHorizontalFlip`` and
-    ``RandomRotation`` with those draws. Raises ``ValueError`` if ``reflect`` pads beyond the image.
+    ``RandomRotation`` with those draws. Raises ``UserError`` if ``reflect`` pads beyond the image.
     """
     height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device) + (shifts[:, :1] - pad)
@@ -89,25 +76,15 @@ def augment(
     columns = torch.where(flips[:, None], width - 1 - columns, columns) + (shifts[:, 1:] - pad)
     if mode == "reflect":
         if pad >= min(height, width):
-            raise ValueError(f"pad={pad} reflects beyond images of {height}×{width}")
-        rows, columns = _reflected(rows, height), _reflected(columns, width)
-        images = _pick(images, rows, columns)
-    else:
-        inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
-        images = _pick(images, rows.clamp(0, height - 1), columns.clamp(0, width - 1)) * inside[:, None]
+            raise UserError(f"train.pad: {pad} reflects beyond images of {height}×{width}")
+        rows, columns = (  # mirrored at 0 and the last, the edge itself not repeated
+            last - (last - index.abs()).abs() for index, last in ((rows, height - 1), (columns, width - 1))
+        )
+    inside = ((rows >= 0) & (rows < height))[:, :, None] & ((columns >= 0) & (columns < width))[:, None]
+    index = rows.clamp(0, height - 1)[:, :, None] * width + columns.clamp(0, width - 1)[:, None]
+    picked = images.flatten(2).gather(2, index.flatten(1)[:, None].expand(-1, images.shape[1], -1))
+    images = picked.view(images.shape) * inside[:, None]
     return images if angles is None else rotate(images, angles)
-
-
-def _reflected(index: Tensor, size: int) -> Tensor:
-    """Indices mirrored at 0 and ``size - 1``, the edge itself not repeated."""
-    return size - 1 - (size - 1 - index.abs()).abs()
-
-
-def _pick(images: Tensor, rows: Tensor, columns: Tensor) -> Tensor:
-    """``out[b, c, i, j] = images[b, c, rows[b, i], columns[b, j]]``."""
-    index = (rows[:, :, None] * images.shape[3] + columns[:, None]).flatten(1)
-    picked = images.flatten(2).gather(2, index[:, None].expand(-1, images.shape[1], -1))
-    return picked.view(images.shape)
 
 
 def rotate(images: Tensor, angles: Tensor) -> Tensor:

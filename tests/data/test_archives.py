@@ -1,13 +1,13 @@
-"""Archives are read member by member; hostile or broken ones are refused before anything is read."""
+"""Archives are read member by member and never unpacked; broken ones are refused."""
 
-import stat
+import shutil
 import struct
 import tarfile
-import zipfile
 from pathlib import Path
 
+import numpy as np
 import pytest
-from source_helpers import FOLDER, as_tar, as_zip, random, refused, small_set
+from source_helpers import FOLDER, as_tar, as_zip, prepared, random, refused, small_set
 
 
 @pytest.fixture(autouse=True)
@@ -25,55 +25,67 @@ def special(name: str, kind: bytes = tarfile.REGTYPE, target: str = "", size: in
     return member
 
 
+OUTSIDE = [
+    special("../outside.png"),
+    special("/outside.png"),
+    special("../outside", tarfile.DIRTYPE),
+    special("C:/outside.png"),
+    special("outside", tarfile.SYMTYPE, "/etc"),
+    special("outside/passwd"),
+    special("fifo", tarfile.FIFOTYPE),
+]
+
+
+def test_members_outside_of_the_layout_are_never_read_or_written(tmp_path: Path, mirror: Path) -> None:
+    files, expected = small_set()
+    as_tar(mirror / "a.tar.gz", files, *OUTSIDE)
+    as_zip(mirror / "a.zip", {**files, "../outside.png": b"", "/outside.png": b"", "..\\outside.png": b""})
+    before = sorted(tmp_path.rglob("*"))
+    for name in ("a.tar.gz", "a.zip"):
+        found = prepared(tmp_path, **FOLDER, archive=name)
+        np.testing.assert_array_equal(found["train_images"], expected["train_images"])
+        shutil.rmtree(tmp_path / "prepared")
+        assert sorted(tmp_path.rglob("*")) == before
+
+
 @pytest.mark.parametrize(
-    "member",
+    ("member", "why"),
     [
-        special("../outside.png"),
-        special("train/ant/../../../outside.png"),
-        special("/outside.png"),
-        special("train\\..\\outside.png"),
-        special("C:/outside.png"),
-        special("train/ant/link.png", tarfile.SYMTYPE, "/etc/passwd"),
-        special("train/ant/link.png", tarfile.SYMTYPE, "01.png"),
-        special("train/ant/link.png", tarfile.LNKTYPE, "train/ant/01.png"),
-        special("train/linked", tarfile.SYMTYPE, ".."),
-        special("train/ant/fifo.png", tarfile.FIFOTYPE),
-        special("train/ant/device.png", tarfile.CHRTYPE),
-        special("train/ant/block.png", tarfile.BLKTYPE),
-        special("../outside", tarfile.DIRTYPE),
-        special("train/ant/01.png", size=3),
-        special("./train/ant/01.png", size=3),
+        (
+            special("train/ant/link.png", tarfile.SYMTYPE, "/etc/passwd"),
+            "a link to what is not in the archive",
+        ),
+        (
+            special("train/ant/link.png", tarfile.LNKTYPE, "../../secret"),
+            "a link to what is not in the archive",
+        ),
+        (special("train/ant/fifo.png", tarfile.FIFOTYPE), "is a device"),
+        (special("train/ant/device.png", tarfile.CHRTYPE), "is a device"),
+        (special("train/linked", tarfile.SYMTYPE, ".."), "is not train/<class>/<image>"),
     ],
-    ids=lambda member: f"{member.name} {member.type.decode()}",
+    ids=lambda value: value if isinstance(value, str) else f"{value.name} {value.type.decode()}",
 )
-def test_tar_with_a_hostile_member_is_refused_before_anything_is_read(
-    tmp_path: Path, mirror: Path, member: tarfile.TarInfo
+def test_member_of_the_layout_that_is_no_image_is_refused(
+    tmp_path: Path, mirror: Path, member: tarfile.TarInfo, why: str
 ) -> None:
-    files = {**small_set()[0], "train/ant/00.png": b"would be refused too, were it read"}
-    as_tar(mirror / "a.tar.gz", files, member)
+    as_tar(mirror / "a.tar.gz", small_set()[0], member)
     message = refused(tmp_path, **FOLDER, archive="a.tar.gz")
-    assert repr(member.name.removeprefix("./")) in message
-    assert any(word in message for word in ("outside the archive", "link or device", "twice"))
+    assert member.name in message
+    assert why in message
 
 
-def test_zip_with_a_hostile_member_is_refused(tmp_path: Path, mirror: Path) -> None:
-    files = small_set()[0]
-    for index, name in enumerate(("../outside.png", "/outside.png", "train/ant/..\\outside.png")):
-        as_zip(mirror / f"{index}.zip", {**files, name: b""})
-        assert "outside the archive" in refused(tmp_path, **FOLDER, archive=f"{index}.zip")
-    link = zipfile.ZipInfo("train/ant/link.png")
-    link.external_attr = (stat.S_IFLNK | 0o777) << 16
-    as_zip(mirror / "a.zip", files)
-    with zipfile.ZipFile(mirror / "a.zip", "a") as archive:
-        archive.writestr(link, "/etc/passwd")
-    assert "'train/ant/link.png' is a link" in refused(tmp_path, **FOLDER, archive="a.zip")
+def test_link_within_the_archive_is_its_target(tmp_path: Path, mirror: Path) -> None:
+    files, expected = small_set()
+    as_tar(mirror / "a.tar.gz", files, special("train/ant/99.png", tarfile.SYMTYPE, "01.png"))
+    found = prepared(tmp_path, **FOLDER, archive="a.tar.gz")
+    np.testing.assert_array_equal(found["train_images"][-1], expected["train_images"][1])
 
 
-def test_member_that_claims_a_huge_size_is_refused_unread(tmp_path: Path, mirror: Path) -> None:
+def test_member_that_claims_more_than_is_there_is_refused(tmp_path: Path, mirror: Path) -> None:
     as_tar(mirror / "a.tar", {})
     with tarfile.open(mirror / "a.tar", "w") as archive:
         archive.fileobj.write(special("train/ant/0.png", size=1 << 40).tobuf())  # type: ignore[union-attr]
-    assert f"has {1 << 40} bytes" in refused(tmp_path, **FOLDER, archive="a.tar")
+    assert "cannot be read" in refused(tmp_path, **FOLDER, archive="a.tar")
 
 
 def test_zip_that_unpacks_to_more_than_it_says_is_refused(tmp_path: Path, mirror: Path) -> None:
@@ -89,7 +101,7 @@ def test_zip_that_unpacks_to_more_than_it_says_is_refused(tmp_path: Path, mirror
 @pytest.mark.parametrize("content", [b"", b"<html></html>", b"\x1f\x8b\x08\x00broken", b"PK\x03\x04broken"])
 def test_file_that_is_no_archive_is_refused(tmp_path: Path, mirror: Path, content: bytes) -> None:
     (mirror / "a.tar.gz").write_bytes(content)
-    assert refused(tmp_path, **FOLDER, archive="a.tar.gz").startswith("a.tar.gz: cannot be read as a folder")
+    assert refused(tmp_path, **FOLDER, archive="a.tar.gz").startswith("data.archive: cannot be read as a")
 
 
 def test_truncated_archive_without_a_hash_is_refused(tmp_path: Path, mirror: Path) -> None:

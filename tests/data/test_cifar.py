@@ -182,4 +182,4 @@ def test_damaged_batch_is_refused_by_name(tmp_path: Path, mirror: Path, content:
 def test_archive_of_something_else_is_refused(tmp_path: Path, mirror: Path) -> None:
     archive = as_tar(mirror / "c.tar.gz", cifar10()[0])
     message = refused(tmp_path, **spec_of(archive, "cifar100"))
-    assert "c.tar.gz: not cifar100: cifar-100-python/meta is missing" in message
+    assert "data.archive: cifar-100-python/meta is missing" in message

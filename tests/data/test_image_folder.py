@@ -143,24 +143,23 @@ def png_header_of(width: int, height: int) -> bytes:
     ("content", "why"),
     [
         (encoded(picture(5, 6, 3)), "6×5 RGB"),
-        (encoded(picture(6, 5)), "5×6 grayscale"),
-        (encoded(picture(6, 5, 3), mode="P"), "mode P"),
-        (encoded(picture(6, 5, 4)), "mode RGBA"),
-        (encoded(picture(6, 5).astype(np.uint16)), "mode I;16"),
+        (encoded(picture(6, 5)), "5×6 L"),
+        (encoded(picture(6, 5, 3), mode="P"), "5×6 P"),
+        (encoded(picture(6, 5, 4)), "5×6 RGBA"),
+        (encoded(picture(6, 5).astype(np.uint16)), "5×6 I;16"),
         (encoded(picture(6, 5, 3), "BMP"), "not a readable JPEG or PNG"),
         (encoded(picture(6, 5, 3))[:-40], "not a readable JPEG or PNG"),
         (b"<html></html>", "not a readable JPEG or PNG"),
         (b"", "not a readable JPEG or PNG"),
-        (png_header_of(30_000, 30_000), "not a readable JPEG or PNG|more than"),
-        (png_header_of(4_000, 4_000), "more than"),
+        (png_header_of(30_000, 30_000), "not a readable JPEG or PNG"),
     ],
-    ids=["size", "grayscale", "P", "RGBA", "16 bit", "BMP", "cut", "html", "empty", "bomb", "large"],
+    ids=["size", "grayscale", "P", "RGBA", "16 bit", "BMP", "cut", "html", "empty", "bomb"],
 )
 def test_wrong_image_is_refused_by_name(tmp_path: Path, mirror: Path, content: bytes, why: str) -> None:
     as_tar(mirror / "a.tar", {**small_set()[0], "train/zebra/99.png": content})
     message = refused(tmp_path, **FOLDER, archive="a.tar")
     assert "train/zebra/99.png" in message
-    assert any(word in message for word in why.split("|"))
+    assert why in message
 
 
 @pytest.mark.parametrize(

@@ -61,7 +61,7 @@ def test_zero_padding_wider_than_the_image_leaves_it_out() -> None:
 
 
 def test_reflection_beyond_the_image_is_refused() -> None:
-    with pytest.raises(ValueError, match="pad=8 reflects beyond"):
+    with pytest.raises(UserError, match=r"train\.pad: 8 reflects beyond"):
         augment(
             random_images(1, 8, 8), torch.zeros(1, 2, dtype=torch.int64), torch.tensor([False]), 8, "reflect"
         )
@@ -134,18 +134,18 @@ Change = Callable[[dict[str, Tensor]], object]
 @pytest.mark.parametrize(
     ("change", "named"),
     [
-        (lambda t: t.pop("test_labels"), "expected the tensors"),
-        (lambda t: t.update(extra=torch.zeros(1)), "expected the tensors"),
-        (lambda t: t.update(train_images=t["train_images"].float()), "train_images must be uint8"),
-        (lambda t: t.update(test_images=t["test_images"][:, :1].contiguous()), "test_images must be uint8"),
-        (lambda t: t.update(test_images=t["test_images"][0]), "test_images must be uint8"),
-        (lambda t: t.update(train_labels=t["train_labels"].int()), "train_labels must be int64"),
-        (lambda t: t.update(train_labels=torch.arange(5) % 3), r"train_labels must be int64 \[6\]"),
-        (lambda t: t.update(test_labels=torch.tensor([0, 1, 2, 3])), r"test_labels must lie in 0\.\.2"),
-        (lambda t: t.update(test_labels=torch.tensor([0, 1, 2, -1])), r"test_labels must lie in 0\.\.2"),
+        (lambda t: t.pop("test_labels"), "not a data file"),
+        (lambda t: t.update(extra=torch.zeros(1)), "not a data file"),
+        (lambda t: t.update(train_images=t["train_images"].float()), "train must have images uint8"),
+        (lambda t: t.update(test_images=t["test_images"][:, :1].contiguous()), "test must have images uint8"),
+        (lambda t: t.update(test_images=t["test_images"][0]), "test must have images uint8"),
+        (lambda t: t.update(train_labels=t["train_labels"].int()), "train must have images uint8"),
+        (lambda t: t.update(train_labels=torch.arange(5) % 3), "train must have images uint8"),
+        (lambda t: t.update(test_labels=torch.tensor([0, 1, 2, 3])), "test must have images uint8"),
+        (lambda t: t.update(test_labels=torch.tensor([0, 1, 2, -1])), "test must have images uint8"),
         (
             lambda t: t.update(test_images=t["test_images"][:0], test_labels=t["test_labels"][:0]),
-            "test_images is empty",
+            "test must have images uint8",
         ),
     ],
 )
