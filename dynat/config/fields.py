@@ -3,19 +3,11 @@
 import difflib
 import re
 import reprlib
-from collections.abc import Callable, Iterable
+from collections.abc import Iterable
 from contextlib import suppress
 from typing import Annotated, Any
 
-from pydantic import (
-    BaseModel,
-    BeforeValidator,
-    ConfigDict,
-    Field,
-    ValidationError,
-    WrapValidator,
-    model_validator,
-)
+from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError, model_validator
 
 LARGEST = 1e30  # what a float32 holds with room to multiply
 
@@ -44,28 +36,21 @@ def number(value: object) -> float:
     return float(value)
 
 
-def _distinct_keys(value: object, validate: Callable[[object], dict[Any, Any]]) -> dict[Any, Any]:
-    """Refuse ``{75: 0.1, "75": 0.2}``, of which the last would win silently."""
-    result = validate(value)
-    if isinstance(value, dict) and len(result) < len(value):
-        raise ValueError("must have each number once")
-    return result
+def check_known(key: str, word: object, known: Iterable[str]) -> None:
+    """Raise :class:`KeyedError` of ``key`` unless ``word`` is one of ``known``; it names the closest."""
+    if word not in (names := sorted(known)):
+        close = difflib.get_close_matches(str(word)[:80], names, n=1)
+        suggestion = repr(close[0]) if close else ", ".join(names)[:200]
+        raise KeyedError(key, f"unknown {_short(word)}; did you mean {suggestion}?")
 
 
 Number = Annotated[float, BeforeValidator(number)]
 NonNegative = Annotated[Number, Field(ge=0)]
 Positive = Annotated[Number, Field(gt=0)]
-Unit = Annotated[Number, Field(ge=0, le=1)]
 Radius = Annotated[Number, Field(gt=0, le=1)]  # of an attack on images in [0,1]
 BelowOne = Annotated[Number, Field(ge=0, lt=1)]
-Whole = Annotated[int, BeforeValidator(number), Field(lt=2**53)]  # beyond, a float would round it
-Count = Annotated[Whole, Field(ge=1)]
-Index = Annotated[Whole, Field(ge=0)]
-Seed = Annotated[Whole, Field(ge=0, lt=2**32)]  # as scikit-learn takes them
-ByEpoch = WrapValidator(_distinct_keys)
-Flag = Annotated[bool, Field(strict=True)]
-Text = Annotated[str, Field(strict=True, min_length=1)]
-Name = Annotated[str, Field(strict=True, pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
+Index = Annotated[int, BeforeValidator(number), Field(ge=0, lt=2**32)]  # or a seed, as scikit-learn has it
+Count = Annotated[Index, Field(ge=1)]
 
 
 class Section(BaseModel):
@@ -77,8 +62,7 @@ class Section(BaseModel):
     @classmethod
     def _known_keys(cls, values: Any) -> Any:
         for key in values if isinstance(values, dict) else ():
-            if key not in cls.model_fields:
-                raise KeyedError(_part(key), f"unknown key; did you mean {similar(key, cls.model_fields)}?")
+            check_known(_part(key), key, cls.model_fields)
         return values
 
 
@@ -94,25 +78,15 @@ def describe(error: ValidationError) -> tuple[str, str]:
         return ".".join([*parts, cause.key]), cause.reason
     reason = fault["msg"].removeprefix("Value error, ")
     if fault["type"] != "missing" or isinstance(fault["loc"][-1], int):
-        reason = f"{reason}, found {short(fault['input'])}"
+        reason = f"{reason}, found {_short(fault['input'])}"
     return ".".join(parts), reason
 
 
 def _part(key: object) -> str:
-    return key if isinstance(key, str) and re.fullmatch(r"[\w=-]{1,60}", key) else short(key)
+    return key if isinstance(key, str) and re.fullmatch(r"[\w=-]{1,60}", key) else _short(key)
 
 
-def short(value: object, limit: int = 60) -> str:
+def _short(value: object) -> str:
     """``value`` in one short printable line."""
-    try:
-        text = "null" if value is None else reprlib.repr(value)
-    except ValueError:  # Python prints no integer of more than 4300 digits
-        text = "a huge number"
-    return text if len(text) <= limit else f"{text[: limit - 3]}..."
-
-
-def similar(word: object, known: Iterable[str]) -> str:
-    """What an unknown ``word`` may stand for: the closest of ``known``, or all of them."""
-    names = sorted(known)
-    close = difflib.get_close_matches(str(word)[:80], names, n=1) if isinstance(word, str) else []
-    return repr(close[0]) if close else ", ".join(names)[:200]
+    text = "null" if value is None else reprlib.repr(value)
+    return text if len(text) <= 60 else f"{text[:57]}..."

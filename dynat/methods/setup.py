@@ -60,8 +60,9 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
 
 def _network(run: Run, recipe: Recipe, spec: Network, channels: int) -> tuple[nn.Module, str]:
     """A network of the study and the metadata that builds it again."""
-    options: dict[str, Any] = {"name": spec.name, "num_classes": run.study.data.classes}
-    options |= {"in_channels": channels, **spec.options}
-    if recipe.normalise and run.study.train.mean is not None:
-        options |= {"mean": run.study.train.mean, "std": run.study.train.std}
+    options: dict[str, Any] = {"num_classes": run.study.data.classes, "in_channels": channels}
+    options |= spec.model_dump(exclude_none=True)
+    train = run.study.train
+    if recipe.normalise and (train.mean or train.std):
+        options |= {"mean": train.mean, "std": train.std}
     return build(**options), json.dumps(options, sort_keys=True)

@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from pydantic import TypeAdapter, ValidationError
 
-from dynat.config.fields import Whole, number
+from dynat.config.fields import Index, number
 
 READ = {"8/255": 8 / 255, " 2 / 255 ": 2 / 255, "1e-3": 0.001, "5E-4": 5e-4, ".5": 0.5, "0.031": 0.031}
 READ |= {"010": 10, "1.": 1, "-1": -1, "1e-3/2": 0.0005}
@@ -28,7 +28,7 @@ def test_what_is_not_a_finite_number_is_refused(value: object) -> None:
         number(value)
 
 
-WHOLE = TypeAdapter(Whole)
+WHOLE = TypeAdapter(Index)
 
 
 @pytest.mark.parametrize("text", ["10", 10, 10.0, "1e1", "20/2"])
@@ -36,7 +36,7 @@ def test_a_whole_number_is_read_however_it_is_written(text: object) -> None:
     assert repr(WHOLE.validate_python(text)) == "10"
 
 
-@pytest.mark.parametrize("text", ["1.5", "1/3", True, "ten", None, math.inf, 2**53 + 2, 1e300])
+@pytest.mark.parametrize("text", ["1.5", "1/3", True, "ten", None, math.inf, 2**32, -1, 1e300])
 def test_what_is_not_a_whole_number_is_refused(text: object) -> None:
     with pytest.raises(ValidationError):
         WHOLE.validate_python(text)

@@ -60,19 +60,17 @@ WRONG = r"""
 alpha=abc | : must be a number such as 0.031, 1e-3 or 8/255, found 'abc'
 alpha=-1 | : Input should be greater than or equal to 0, found -1
 alpha=HUGE | : must be a finite number of at most 1e+30 in size, found 1000
-alpha=ENORMOUS | : must be a finite number of at most 1e+30 in size
 alpha=NINES | : must be a finite number of at most 1e+30 in size, found '999999999999
-alhpa=1 | : unknown key; did you mean 'alpha'?
+alhpa=1 | : unknown 'alhpa'; did you mean 'alpha'?
 settings=digits | : Input should be a valid list, found 'digits'
 settings=[digit] | : unknown 'digit'; did you mean 'digits'?
 settings=[../digits] | : String should match pattern '^[A-Za-z0-9][A-Za-z0-9_]*$', found '../digits'
 variants=[dynta] | : unknown 'dynta'; did you mean 'dynat'?
 baselines=[pgdat] | : unknown 'pgdat'; did you mean 'pgd_at'?
 ~study | : Field required
-study.digits.trian={} | : unknown key; did you mean 'train'?
-study.digits.train.epslion=1 | : unknown key; did you mean 'epsilon'?
+study.digits.trian={} | : unknown 'trian'; did you mean 'train'?
+study.digits.train.epslion=1 | : unknown 'epslion'; did you mean 'epsilon'?
 study.digits.train.epsilon=1.5 | : Input should be less than or equal to 1, found 1.5
-study.digits.train.batch=128000 | : 128000 is more than the 1297 training images
 study.digits.attack.n=5000 | : 5000 is more than the 400 test images
 study.digits.autoattack.n=[200,5000] | : 5000 is more than the 400 test images
 study.digits.train.steps=0 | : Input should be greater than or equal to 1, found 0
@@ -80,43 +78,33 @@ study.digits.attack.epsilon=0 | : Input should be greater than 0, found 0
 study.digits.attack.step=0 | : Input should be greater than 0, found 0
 study.digits.attack.pgd=[] | : List should have at least 1 item after validation, not 0
 study.digits.autoattack.epsilon=0 | : Input should be greater than 0, found 0
-study.digits.train.pad=8 | : must be below 8, the side of an image
 study.digits.train.lr=1e300 | : must be a finite number of at most 1e+30 in size
-study.digits.train={mean: [0.5, 0.4, 0.3], std: [1, 1, 1]} | study.digits.train.mean: must have 1 entries
 study.digits.data.split_seed=4294967296 | : Input should be less than 4294967296
-study.digits.target={name: resnet, strides: [1, 2, 2]} | study.digits.target.strides: must have one entry per
 study.digits.attack.epsilon=1.5 | : Input should be less than or equal to 1, found 1.5
 study.digits.autoattack.epsilon=1.5 | : Input should be less than or equal to 1, found 1.5
 study.digits.data.test=null | : the digits have no test set of their own
-study.digits.data.classes=11 | : source=digits has 10
-study.digits.data.archive=a.tar | : the digits ship inside scikit-learn
-study.digits.target={name: wrn, depth: 11} | study.digits.target.depth: a WideResNet's depth is 6k + 4
-study.digits.guide={name: resnet, blocks: [1, 1], strides: [1]} | study.digits.guide.strides: must have
-study.digits.data={source: image_folder, archive: a/b, classes: 2} | study.digits.data.archive: must be
-study.digits.data={source: image_folder, archive: .., classes: 2} | study.digits.data.archive: must be
-study.digits.data={source: image_folder, archive: /a, classes: 2} | study.digits.data.archive: must be
-study.digits.data={source: image_folder, archive: ../a.tar, classes: 2} | study.digits.data.archive: must be
+study.digits.data.archive=a.tar | : the digits need none
+study.digits.data={source: image_folder, archive: a/b, classes: 2} | study.digits.data.archive: String should
+study.digits.data={source: image_folder, archive: .., classes: 2} | study.digits.data.archive: String should
+study.digits.data={source: image_folder, archive: /a, classes: 2} | study.digits.data.archive: String should
+study.digits.data={source: image_folder, archive: ../a.tar, classes: 2} | study.digits.data.archive: String
 study.digits.data={source: image_folder, archive: '', classes: 2} | study.digits.data.archive: String should
 study.digits.data={source: cifar10, archive: a.gz, classes: 10} | study.digits.data.md5: give the archive
-seeds=[0,0] | : 0 stands there twice
-settings=[digits,digits] | : 'digits' stands there twice
-baselines=[pgd_at,pgd_at] | : 'pgd_at' stands there twice
-baselines=[dynat] | variants: 'dynat' stands in baselines too
-variants=[pgd_at] | : 'pgd_at' stands in baselines too
-study.digits.data.source=cifar10 | study.digits.data.archive: source=cifar10 needs the name of an archive
-study.digits.data.test=1797 | : 1797 images leave none for training
+seeds=[0,0] | : one is selected twice
+settings=[digits,digits] | : 'digits' is selected twice
+baselines=[pgd_at,pgd_at] | : 'pgd_at' is selected twice
+baselines=[dynat] | variants: 'dynat' is selected twice
+variants=[pgd_at] | : 'pgd_at' is selected twice
+study.digits.data.source=cifar10 | study.digits.data.archive: the digits need none, any other source
 study.digits.target.widen=10 | : name=cnn takes only depth, stem_stride, width
 study.no good={} | study.'no good': String should match pattern '^[A-Za-z0-9][A-Za-z0-9_]*$', found 'no good'
-recipes.dynat.iner={} | : unknown key; did you mean 'inner'?
+recipes.dynat.iner={} | : unknown 'iner'; did you mean 'inner'?
 recipes.dynat.inner.loss=KL | : Input should be 'ce', 'kl' or 'ce_dynamic', found 'KL'
-recipes.dynat.inner={loss: ce, start: uniform, steps: 1, epsilon: .1, step: 1} | recipes.dynat.inner.step: In
 recipes.dynat.inner.stop={threshold: [1]} | recipes.dynat.inner.stop.threshold: Field required, found [1]
-recipes.dynat.awp={gama: 1} | recipes.dynat.awp.gama: unknown key; did you mean 'gamma'?
+recipes.dynat.awp={gama: 1} | recipes.dynat.awp.gama: unknown 'gama'; did you mean 'gamma'?
 recipes.dynat.schedule.drops={x: 1} | recipes.dynat.schedule.drops.x: must be a number such
-recipes.dynat.schedule.drops={"5": 1, "05": 2} | : must have each number once, found {
-recipes.dynat.per_study.digit={} | : unknown; did you mean 'digits'?
-recipes.dynat.per_study.digits.inner.los=1 | : unknown key; did you mean 'loss'?
-recipes.dynat.per_study.digits.per_study={} | : cannot stand inside itself
+recipes.dynat.per_study.digit={} | recipes.dynat.per_study: unknown 'digit'; did you mean 'digits'?
+recipes.dynat.per_study.digits.inner.los=1 | : unknown 'los'; did you mean 'loss'?
 """.strip().splitlines()
 
 
@@ -124,9 +112,7 @@ recipes.dynat.per_study.digits.per_study={} | : cannot stand inside itself
 def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(case: str) -> None:
     override, expected = case.split(" | ")
     path, _, text = override.partition("=")
-    value = {"HUGE": 10**400, "ENORMOUS": 10**5000, "NINES": "9" * 5000, "": GONE}.get(
-        text
-    ) or yaml.safe_load(text)
+    value = {"HUGE": 10**400, "NINES": "9" * 5000, "": GONE}.get(text) or yaml.safe_load(text)
     message = refusal(changed(path.removeprefix("~"), value))
     assert message.startswith(path.removeprefix("~") + expected if expected[0] == ":" else expected)
 
@@ -148,18 +134,17 @@ def test_what_is_no_params_file_at_all_is_refused(values: object) -> None:
 
 NOT_YAML = {
     "": "Input should be a valid dictionary or instance of Params, found null",
-    "alpha: 1\nseeds: [0\n": "cannot be read: line 3: did not find expected",
-    "alpha: 1\nalpha: 2\n": "cannot be read: line 2: 'alpha' stands there twice",
-    "study: {digits: {}, digits: {}}\n": "cannot be read: line 1: 'digits' stands there twice",
-    "recipes: {a: {drops: {5: 1, 05: 2}}}\n": "cannot be read: line 1: 5 stands there twice",
-    "alpha: &a 1\n": "cannot be read: line 1: write the values out instead of the anchor",
-    "study: {a: &a {b: *a}}\n": "cannot be read: line 1: write the values out instead of the anchor",
-    "recipes:\n  a: *b\n": "cannot be read: line 2: write the values out instead of the anchor",
-    "<<: {alpha: 1}\n": "'<<': unknown key",
-    "? [1, 2]\n: 3\n": "cannot be read: line 1: found unhashable key",
-    "alpha: !!python/object/apply:os.system [id]\n": "cannot be read: line 1: could not determine",
+    "alpha: 1\nseeds: [0\n": "cannot be read: while parsing a flow sequence",
+    "alpha: 1\nalpha: 2\n": "cannot be read: 'alpha' stands there twice",
+    "study: {digits: {}, digits: {}}\n": "cannot be read: 'digits' stands there twice",
+    "recipes: {a: {drops: {5: 1, 05: 2}}}\n": "cannot be read: 5 stands there twice",
+    "alpha: &a 1\n": "cannot be read: write out the value of the anchor",
+    "study: {a: &a {b: *a}}\n": "cannot be read: write out the value of the anchor",
+    "recipes:\n  a: *b\n": "cannot be read: write out the value of the anchor",
+    "<<: {alpha: 1}\n": "'<<': unknown '<<'",
+    "? [1, 2]\n: 3\n": "cannot be read: while constructing a mapping",
+    "alpha: !!python/object/apply:os.system [id]\n": "cannot be read: could not determine",
     "alpha: !!bool perhaps\n": "cannot be read: ",
-    "alpha: " + "[" * 200_000: "cannot be read: line 1: is nested too deeply",
     "\x00\x01": "cannot be read: ",
 }  # fmt: skip
 
@@ -251,7 +236,7 @@ def test_a_compiled_inner_loop_and_pinned_bits_exclude_each_other() -> None:
     tree = changed("study.digits.train.compile", True)
     both = refusal(tree)
     assert both.startswith("study.digits.train.compile: ")
-    assert "machine.instructions=avx2" in both
+    assert "machine.instructions=null" in both
     tree["study"]["digits"]["machine"]["instructions"] = None
     assert parse(tree).study["digits"].train.compile
 

@@ -26,34 +26,31 @@ ATTACK = {"loss": "ce", "start": "uniform", "epsilon": 8 / 255, "step": 2 / 255}
 # Why a recipe is refused, and the choices that make it so in an otherwise plain adversarial training.
 CONTRADICTIONS = """
 outer: no term is switched on | outer.adversarial=none
-outer.kl=mart: weights a KL term that is off | outer.kl=mart
+outer.kl=mart: needs outer.beta above 0 | outer.kl=mart
 labels=guide: no term uses a label | labels=guide NATURAL outer.beta=6
 alpha: there is no adversarial term | alpha=0.5 NATURAL outer.beta=6
 inner.steps: no term uses the adversarial examples; set 0 | NATURAL
-inner.steps=0: the KL terms would always be 0 | inner.steps=0 outer.beta=6
-inner.stop: nothing to stop with inner.steps=0 | inner.steps=0 inner.stop={}
-inner.stop.budget: epoch 100 is never reached | inner.stop.budget.100=1
-inner.epsilon: 0 leaves nothing to attack | inner.epsilon=0
-inner.step: 0 leaves nothing to attack | inner.step=0
-inner.step: larger than inner.epsilon | inner.step=9/255
-weights.rule=mail: there is no robust term | weights.rule=mail inner.steps=0 NATURAL
-weights.rule=gairat: counts correct attack steps | weights.rule=gairat inner.steps=0
-weights.begin: epoch 100 is never reached | weights.rule=mail weights.begin=100
+inner.steps=0: makes the KL of outer.beta always 0 | inner.steps=0 outer.beta=6
+inner.stop.budget: never reached | inner.stop.budget.100=1
+inner.epsilon: Input should be greater than 0 | inner.epsilon=0
+inner.step: Input should be greater than 0 | inner.step=0
+weights.rule: there is no robust term | weights.rule=mail inner.steps=0 NATURAL
+weights.rule: gairat counts inner.steps | weights.rule=gairat inner.steps=0
+weights.begin: never reached | weights.rule=mail weights.begin=100
 smoothing.target: no cross entropy | smoothing.target=0.1 outer.adversarial=bce
-smoothing.guide: the recipe has no guide | smoothing.guide=0.1
-batch_norm.guide: the recipe has no guide | batch_norm.guide=2
-batch_norm.target: no term uses adversarial examples | batch_norm.target=[adversarial] inner.steps=0 NATURAL
-batch_norm.target: outer forwards adversarial images | batch_norm.target=[]
-batch_norm.target: outer forwards natural images | batch_norm.target=[adversarial] outer.beta=1
+smoothing.guide: there is no guide | smoothing.guide=0.1
+batch_norm.guide: there is no guide | batch_norm.guide=2
+batch_norm.target: list adversarial, which outer forwards | batch_norm.target=[]
+batch_norm.target: list natural, which outer forwards | batch_norm.target=[adversarial] outer.beta=1
 batch_norm.guide: Input should be greater than or equal to 1 | labels=guide batch_norm.guide=0
-inner.stop.ramp_until: epoch 101 is never reached | inner.stop.ramp_until=102
+inner.stop.ramp_until: never reached | inner.stop.ramp_until=102
 awp.objective: no term is switched on | awp.gamma=0.01 awp.objective.adversarial=none
-awp.objective.kl=mart: weights a KL term | awp.gamma=0.01 awp.objective.kl=mart
-awp.objective.adversarial=mse: the recipe has no guide | awp.gamma=0.01 awp.objective.adversarial=mse
-awp.labels=guide: the recipe has no guide | awp.gamma=0.01 awp.labels=guide awp.objective={}
-awp.labels=guide: no term of awp.objective uses a label | labels=guide awp.labels=guide PROXY
-awp.begin: epoch 100 is never reached | awp.gamma=0.01 awp.begin=100 awp.objective={}
-schedule.drops: epoch 100 is never reached | schedule.drops.100=0.1
+awp.objective.kl=mart: needs awp.objective.beta above 0 | awp.gamma=0.01 awp.objective.kl=mart
+awp.objective.adversarial=mse: there is no guide | awp.gamma=0.01 awp.objective.adversarial=mse
+awp.labels=guide: there is no guide | awp.gamma=0.01 awp.labels=guide awp.objective={}
+awp.labels=guide: no term of awp uses a label | labels=guide awp.labels=guide PROXY
+awp.begin: never reached | awp.gamma=0.01 awp.begin=100 awp.objective={}
+schedule.drops: never reached | schedule.drops.100=0.1
 """.strip().splitlines()
 SHORT = {
     "NATURAL": "outer.natural_ce=true outer.adversarial=none",
