@@ -30,15 +30,19 @@ PINNED = {
 
 
 def pin(machine: Machine) -> None:
-    """Set what must be in the environment before torch is imported."""
+    """Set what must be in the environment before torch is imported.
+
+    Raises :class:`UserError` if torch is imported already and the environment did not have the pins before.
+    """
+    pinned = all(os.environ.get(name) == value for name, value in PINNED.items())
+    if "torch" in sys.modules and machine.instructions is not None and not pinned:
+        raise UserError("machine.instructions: torch is already imported, too late to pin the CPU")
     os.environ["CUBLAS_WORKSPACE_CONFIG"] = ":4096:8"
     os.environ["TORCHINDUCTOR_DETERMINISTIC"] = "1"  # no kernel chosen by timing it
     if machine.instructions == "avx2":
         os.environ.update(PINNED)
     if machine.threads is not None:
         os.environ["OMP_NUM_THREADS"] = os.environ["MKL_NUM_THREADS"] = str(machine.threads)
-    if "torch" in sys.modules and machine.instructions is not None:
-        raise UserError("machine.instructions: torch is already imported, too late to pin the CPU")
     gc.disable()  # until device_of: importing torch leaves no garbage, but a sixth of its time is the search
 
 
