@@ -24,9 +24,13 @@ SMALL = {  # a quarter of a minute instead of minutes; the same code and stages
     "study.digits.attack.apgd_steps": 5,
     "study.digits.autoattack.n": [2],
     "study.digits.autoattack.batch": 2,
+    "study.digits.autoattack.epsilon": 0.3,  # no sample withstands it for thousands of queries
+    "study.digits.autoattack.workers": 1,
 }
 FINISHED = {  # of the pipeline that has been run: some samples robust, some broken
     "seeds": [0, 1],
+    "study.digits.data.train": 800,
+    "study.digits.train.batch": 16,
     "study.digits.train.epochs": 2,
     "study.digits.data.test": 60,
 }
@@ -98,18 +102,15 @@ def duplicate(repository: Path, folder: Path) -> Path:
 
 def dvc(folder: Path, *arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
     """Run this interpreter's dvc in ``folder``."""
-    scripts = str(Path(sys.executable).parent)
-    path = scripts + os.pathsep + os.environ["PATH"]
-    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
     command = [sys.executable, "-m", "dvc", *arguments]
-    return subprocess.run(
-        command,
-        cwd=folder,
-        env={**kept, "PATH": path, **environment},
-        capture_output=True,
-        text=True,
-        timeout=900,
-    )
+    env = dvc_environment() | environment
+    return subprocess.run(command, cwd=folder, env=env, capture_output=True, text=True, timeout=900)
+
+
+def dvc_environment() -> dict[str, str]:
+    """The environment without what speaks of this repository, and with this interpreter as ``python``."""
+    kept = {key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_"))}
+    return kept | {"PATH": os.pathsep.join([str(Path(sys.executable).parent), os.environ["PATH"]])}
 
 
 def stages_run(result: subprocess.CompletedProcess[str]) -> set[str]:

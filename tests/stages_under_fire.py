@@ -2,17 +2,18 @@
 
 import json
 import os
+import re
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
 from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import stage_server
 import yaml
 
 ROOT = Path(__file__).parents[1]
@@ -31,7 +32,7 @@ RECIPES: dict[str, dict[str, Any]] = {  # choices that no recipe of params.yaml 
 }
 CNN = {"name": "cnn", "width": 16, "depth": 2, "stem_stride": 2}
 STUDY: dict[str, Any] = {
-    "data": {"source": "digits", "classes": 10, "test": 60, "train": 320, "validation": 40},
+    "data": {"source": "digits", "classes": 10, "test": 60, "train": 160, "validation": 40},
     "target": CNN,
     "guide": CNN,
     "train": {"epsilon": 0.1, "epochs": 5, "lr": 0.05, "steps": 2, "batch": 10, "pad": 1, "flip": False},
@@ -85,89 +86,65 @@ def hashes(*parts: Path) -> dict[str, str]:
     }
 
 
-@dataclass
-class Tally:
-    """Kills that struck, and the work that each of them cost."""
+class Workspace:
+    """A folder in which the server at ``socket`` runs stages; see stage_server.py."""
 
-    families: set[str] = field(default_factory=set)
-    kills: dict[str, int] = field(default_factory=dict)  # by what was going on
-    lost: list[float] = field(default_factory=list)  # seconds since the last saved state
-    run: list[float] = field(default_factory=list)  # seconds of an uninterrupted training
-
-    def add(self, what: str, seconds: float) -> None:
-        self.kills[what] = self.kills.get(what, 0) + 1
-        self.lost.append(seconds)
-
-
-class Server:
-    """The process that forks stages; see stage_server.py."""
-
-    def __init__(self, folder: Path, log: str) -> None:
-        self.folder, self.log = folder, folder / log
-        self.process = subprocess.Popen(
-            [sys.executable, str(ROOT / "tests/stage_server.py")],
-            env=environment(folder),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.PIPE,
-            text=True,
-        )
-        assert self._line() == "ready"
-
-    def _line(self) -> str:
-        assert self.process.stdout is not None
-        return self.process.stdout.readline().strip()
+    def __init__(self, folder: Path, socket: str, log: str = "log") -> None:
+        self.folder, self.socket, self.log = folder, socket, folder / log
 
     def run(
         self,
         stage: str,
         *arguments: str,
         strike: Callable[[int], None] | None = None,
-        largest_file: int | None = None,
+        **more: Any,
     ) -> int:
         """Run a stage to its end, with ``strike(pid)`` called beside it; returns the exit code.
 
-        ``largest_file`` is the size in bytes beyond which the kernel lets it write no file.
+        ``more`` is of the request: ``code``, ``largest_file``, ``kill_at``.
         """
-        self.log.unlink(missing_ok=True)
-        request = {"stage": stage, "arguments": arguments, "folder": str(self.folder), "log": str(self.log)}
-        assert self.process.stdin is not None
-        self.process.stdin.write(json.dumps({**request, "largest_file": largest_file}) + "\n")
-        self.process.stdin.flush()
-        pid = int(self._line())
-        try:
-            if strike is not None:
-                strike(pid)
-        except BaseException:
-            kill(pid)  # whatever the test did to it
-            self._line()
-            raise
-        return int(self._line())
+        request = {
+            "arguments": ["-m", f"stages.{stage}", *arguments],
+            "folder": str(self.folder),
+            "environment": environment(self.folder),
+            **more,
+        }
+        with open(os.devnull) as nothing, open(self.log, "w") as log:
+            files = [nothing.fileno(), log.fileno(), log.fileno()]
+            with stage_server.process(self.socket, request, files) as (pid, exit_code):
+                try:
+                    if strike is not None:
+                        strike(pid)
+                except BaseException:
+                    kill(pid)  # whatever the test did to it
+                    exit_code()
+                    raise
+                return exit_code()
 
     def said(self) -> str:
-        """All that the last stage printed."""
+        """All that the last stage has printed so far."""
         return self.log.read_text(encoding="utf-8") if self.log.exists() else ""
+
+    def chunks(self) -> list[str]:
+        """The parts of an evaluation that it has finished, as it said."""
+        return re.findall(r"attack: (.*)$", self.said(), re.MULTILINE)
 
 
 @contextmanager
-def server(folder: Path, log: str = "log") -> Iterator[Server]:
-    found = Server(folder, log)
-    try:
-        yield found
-    finally:
-        assert found.process.stdin is not None
-        assert found.process.stdout is not None
-        found.process.stdin.close()
-        found.process.wait(timeout=60)
-        found.process.stdout.close()
+def serving(socket: str) -> Iterator[str]:
+    """The process that forks stages, at ``socket``."""
+    command = [sys.executable, stage_server.__file__, socket]
+    with subprocess.Popen(command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) as process:
+        assert process.stdout is not None
+        assert process.stdin is not None
+        assert process.stdout.readline() == "ready\n"
+        yield socket
+        process.stdin.close()
 
 
 def states(folder: Path) -> list[Path]:
     """The resume state of all stages, newest last."""
-    files = [
-        *(folder / ".dvc/tmp/dynat").glob("*/state-*.pt"),
-        *(folder / ".dvc/tmp/dynat").glob("*/piece-*.pt"),
-    ]
-    return sorted(files, key=lambda file: file.stat().st_mtime)
+    return sorted((folder / ".dvc/tmp/dynat").glob("*/*.pt"), key=lambda file: file.stat().st_mtime)
 
 
 def after(seconds: float) -> Callable[[int], None]:
@@ -180,17 +157,15 @@ def after(seconds: float) -> Callable[[int], None]:
     return strike
 
 
-def while_there_is(folder: Path, pattern: str, skip: int = 0) -> Callable[[int], None]:
-    """SIGKILL as soon as there is a file ``pattern`` below ``folder``, but for the first ``skip`` of them."""
+def when(found: Callable[[], Any]) -> Callable[[int], None]:
+    """SIGKILL as soon as something is found."""
 
     def strike(pid: int) -> None:
-        seen: set[str] = set()
         while running(pid):
-            with suppress(FileNotFoundError):  # renamed between two looks
-                seen |= {str(path) for path in folder.glob(pattern)}
-            if len(seen) > skip:
+            if found():
                 kill(pid)
                 return
+            time.sleep(0.005)
 
     return strike
 

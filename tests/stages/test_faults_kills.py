@@ -1,8 +1,8 @@
 """Stages that are killed at any moment and started again end with the bytes of those that were not.
 
 Each family of methods is trained once in peace and once under SIGKILL, at random moments, during the writing
-of its state and during that of its outputs; so are both evaluations. The stages are the real ones, in
-processes of their own.
+of its state and during that of its outputs; so are both evaluations. Every test demands at least two kills
+that struck. The stages are the real ones, in processes of their own.
 """
 
 import random
@@ -10,46 +10,19 @@ import re
 import shutil
 import signal
 import time
-from collections.abc import Callable, Iterator
+from typing import Any
 
 import pytest
-from stages_under_fire import (
-    FAMILIES,
-    Server,
-    Tally,
-    after,
-    hashes,
-    states,
-    while_there_is,
-    write_params,
-)
+from stages_under_fire import FAMILIES, Workspace, after, hashes, states, write_params
 
 pytestmark = pytest.mark.slow
-Strike = Callable[[int], None]
 
 
-@pytest.fixture(scope="module")
-def tally() -> Iterator[Tally]:
-    tally = Tally()
-    yield tally
-    total = sum(tally.kills.values())
-    print(f"\n{total} kills over {len(tally.families)} families and both evaluations: {tally.kills}")
-    if tally.lost and tally.run:
-        print(f"work lost per kill: mean {sum(tally.lost) / total:.2f} s, most {max(tally.lost):.2f} s")
-        print(f"an uninterrupted training takes {sum(tally.run) / len(tally.run):.2f} s in the mean")
-
-
-def struck(stages: Server, tally: Tally, what: str, strike: Strike, stage: str, *arguments: str) -> bool:
-    """Run a stage under ``strike``; whether it was killed. Nothing but the kill may end it otherwise."""
-    begun = time.time()
-    code = stages.run(stage, *arguments, strike=strike)
-    ended = time.time()
+def killed(stages: Workspace, stage: str, *arguments: str, **how: Any) -> bool:
+    """Run a stage under a kill; whether it struck. Nothing but the kill may end it otherwise."""
+    code = stages.run(stage, *arguments, **how)
     assert code in (0, -signal.SIGKILL), stages.said()
-    if code == 0:
-        return False
-    saved = [file.stat().st_mtime for file in states(stages.folder)]
-    tally.add(what, ended - max([begun, *saved]))
-    return True
+    return code != 0
 
 
 def epochs_done(log: str) -> int:
@@ -58,7 +31,7 @@ def epochs_done(log: str) -> int:
 
 @pytest.mark.parametrize("method", FAMILIES)
 def test_a_killed_training_ends_with_the_same_bytes_and_loses_one_epoch_at_most(
-    stages: Server, tally: Tally, method: str
+    stages: Workspace, method: str
 ) -> None:
     folder, cell = stages.folder, ("mini", method, "0")
     outputs = folder.joinpath("models", *cell)
@@ -71,39 +44,29 @@ def test_a_killed_training_ends_with_the_same_bytes_and_loses_one_epoch_at_most(
     shutil.rmtree(outputs)
 
     chance = random.Random(method)
-    saving = while_there_is(folder, ".dvc/tmp/dynat/*/.state-*.tmp", chance.randrange(2))
-    strikes: list[tuple[str, Strike]] = [
-        ("saving", saving),
-        ("anywhere", after(chance.uniform(0, 0.5 * duration))),
-        ("anywhere", after(chance.uniform(0, 0.5 * duration))),
-        ("writing outputs", while_there_is(outputs.parent, ".0.partial/*")),
+    kills: list[dict[str, Any]] = [
+        {"strike": after(chance.uniform(0, 0.5 * duration))},
+        {"kill_at": (r"/\.state.*\.tmp$", chance.randrange(2))},
+        {"kill_at": (r"/\.0\.partial(/.*)?$", chance.randrange(4))},
+        {},
     ]
-    known, kills = -1, 0
-    for what, strike in [*strikes, ("", lambda pid: None)]:
-        killed = struck(stages, tally, what, strike, "train", *cell)
-        resumed = re.search(r"^resumed after epoch (\d+)$", stages.said(), re.MULTILINE)
-        if not killed:
+    known, struck = -1, 0
+    for kill in kills:
+        if killed(stages, "train", *cell, **kill):
+            struck += 1
+            known = max(known, epochs_done(stages.said()))
+        else:
+            resumed = re.search(r"^resumed after epoch (\d+)$", stages.said(), re.MULTILINE)
             assert (int(resumed[1]) if resumed else -1) >= known, "an epoch that was saved has been lost"
-            break
-        kills += 1
-        known = max(known, epochs_done(stages.said()))
-        if not states(folder) and outputs.exists():  # done but for the exit of the process
             assert hashes(outputs) == expected
+        if not states(folder):  # done but for the exit of the process
             known = -1
-    assert kills >= 2
+    assert struck >= 2
     assert hashes(outputs) == expected
     assert states(folder) == []
-    tally.families.add(method)
-    tally.run.append(duration)
 
 
-@pytest.fixture
-def trained(stages: Server) -> Server:
-    assert stages.run("train", "mini", "pgd_at", "0") == 0, stages.said()
-    return stages
-
-
-def evaluated(stages: Server, stage: str) -> dict[str, str]:
+def evaluated(stages: Workspace, stage: str) -> dict[str, str]:
     """Hashes of metrics, verdicts and witness, which are removed."""
     metrics = stages.folder / "metrics"
     folders = [metrics / name for name in ((stage, "sanity") if stage == "attack" else (stage,))]
@@ -124,42 +87,35 @@ def evaluated(stages: Server, stage: str) -> dict[str, str]:
         ("autoattack", 2, 8),
     ],
 )
-def test_a_killed_evaluation_ends_with_the_same_bytes_and_repeats_no_finished_piece(
-    trained: Server, tally: Tally, stage: str, workers: int, count: int
+def test_a_killed_evaluation_ends_with_the_same_bytes_and_repeats_no_finished_chunk(
+    trained: Workspace, stage: str, workers: int, count: int
 ) -> None:
     cell, chance = ("mini", "pgd_at", "0"), random.Random(workers)
     write_params(trained.folder, autoattack__workers=1)
     begun = time.monotonic()
     assert trained.run(stage, *cell) == 0, trained.said()
     duration = time.monotonic() - begun
-    assert len(pieces := said_pieces(trained)) == count
+    assert len(chunks := trained.chunks()) == count
     expected = evaluated(trained, stage)
 
     write_params(trained.folder, autoattack__workers=workers)
-    strikes = [after(chance.uniform(0.1, 0.4 * duration)) for _ in range(4)]
-    strikes.insert(1, while_there_is(trained.folder, ".dvc/tmp/dynat/*/.piece-*.tmp"))
-    strikes.append(while_there_is(trained.folder, f"metrics/{stage}/mini/pgd_at/.0.*.tmp"))
-    what = f"{stage}, workers={workers}"
+    kills: list[dict[str, Any]] = [
+        {"strike": after(chance.uniform(0.1, 0.4 * duration))},
+        {"kill_at": (r"/\.chunk-.*\.tmp$", chance.randrange(2))},
+        {"kill_at": (rf"metrics/{stage}/mini/pgd_at/\.0\..*\.tmp$", chance.randrange(3))},
+        {},
+    ]
     done: list[str] = []
-    kills = 0
-    while struck(
-        trained, tally, what, strikes[kills] if kills < len(strikes) else lambda pid: None, stage, *cell
-    ):
-        kills += 1
-        done += said_pieces(trained)
-    done += said_pieces(trained)
-    assert kills >= 2
-    assert evaluated(trained, stage) == expected
-    assert len(set(done)) == len(done), "a piece that was finished has been done again"
-    assert set(done) <= set(pieces)
-    assert states(trained.folder) == []
-
-
-def said_pieces(stages: Server) -> list[str]:
-    return re.findall(r"attack: (.*)$", stages.said(), re.MULTILINE)
-
-
-def test_at_least_twenty_kills_have_struck(tally: Tally) -> None:
-    if len(tally.families) < len(FAMILIES):
-        pytest.skip("counts the kills of all the tests above")
-    assert sum(tally.kills.values()) >= 20
+    struck = 0
+    for kill in kills:
+        last = not killed(trained, stage, *cell, **kill)
+        done += trained.chunks()
+        if not last:
+            struck += 1
+            continue
+        assert len({*done}) == len(done), "a chunk that was finished has been done again"
+        assert {*done} <= {*chunks}
+        assert evaluated(trained, stage) == expected
+        assert states(trained.folder) == []
+        done.clear()
+    assert struck >= 2
