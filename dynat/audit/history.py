@@ -1,5 +1,6 @@
 """The commit in which an entry of ``dvc.lock`` appeared, and whether its code was committed as it ran."""
 
+import hashlib
 import io
 import json
 import re
@@ -137,14 +138,30 @@ def _clean(lineage: Lineage, commit: str, names: list[str]) -> Link:
 @cache
 def _closures(root: Path, commit: str) -> dict[str, Any]:
     """Stage -> closure of the code at a commit, computed anew; none if there is no such code."""
-    archive = _git(root, "archive", commit, "dynat", "stages")
-    if archive is None:
-        return {}
-    with TemporaryDirectory() as folder, tarfile.open(fileobj=io.BytesIO(archive)) as tree:
-        tree.extractall(folder, filter="data")
+    with TemporaryDirectory() as folder:
+        if not checkout(root, commit, Path(folder)):
+            return {}
         command = [sys.executable, "-P", str(CLOSURE), folder]
         done = subprocess.run(command, cwd=folder, capture_output=True)
     return dict(json.loads(done.stdout)) if done.returncode == 0 else {}
+
+
+def checkout(root: Path, commit: str, folder: Path) -> bool:
+    """Write the code at a commit below ``folder``; False if there is none."""
+    archive = _git(root, "archive", commit, "dynat", "stages")
+    if archive is not None:
+        with tarfile.open(fileobj=io.BytesIO(archive)) as tree:
+            tree.extractall(folder, filter="data")
+    return archive is not None
+
+
+def commit_with(root: Path, file: str, md5: str) -> str | None:
+    """The newest commit that changed ``file`` to the content of that MD5."""
+    for commit in (_git(root, "log", "--format=%H", "--", file) or b"").decode().split():
+        content = _git(root, "show", f"{commit}:./{file}") or b""
+        if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
+            return commit
+    return None
 
 
 def _git(root: Path, *arguments: str) -> bytes | None:

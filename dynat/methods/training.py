@@ -82,10 +82,11 @@ class Training:
                 losses.append(self.engine.step(batch))
                 if stopped():
                     return False
-            after_epoch(self._close_epoch(losses))
+            after_epoch(self.close_epoch(losses))
         return True
 
-    def _close_epoch(self, losses: list[StepLosses]) -> Row:
+    def close_epoch(self, losses: list[StepLosses]) -> Row:
+        """Count an epoch as done: its history row, and whether its weights are the best so far."""
         progress = self.progress
         steps = self._read(losses)
         progress.trace += steps[: max(0, TRACED_STEPS - len(progress.trace))]

@@ -1,0 +1,89 @@
+"""Accept an edit that changes no result: bring dvc.lock up to date by proof instead of by running.
+
+The code that dvc.lock names and the present, committed code compute the same things side by side on the
+recorded inputs. STAGE as in dvc.lock, such as train_dynat@digits-dynat-0, or its first part, such as
+train_dynat; without one all stages that the code has made stale. Exit status: 0 accepted or nothing to do,
+1 refused and nothing touched.
+"""
+
+import argparse
+import subprocess
+import sys
+from collections.abc import Iterable
+from datetime import UTC, datetime
+from pathlib import Path
+
+from dynat.accept.comparison import Compared, compare
+from dynat.accept.stale import Stale, select
+from dynat.audit.lineage import Lineage
+from dynat.config.params import load
+from dynat.errors import UserError
+from dynat.runtime.closure import closure_file, code_key
+from dynat.runtime.files import read_json, write_json
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Accept or refuse; returns the exit status."""
+    parser = argparse.ArgumentParser("python -m dynat.accept", description=__doc__)
+    parser.formatter_class = argparse.RawDescriptionHelpFormatter
+    parser.add_argument("stages", metavar="STAGE", nargs="*")
+    wanted = parser.parse_args(arguments).stages
+    root = Path()
+    try:
+        load()
+        head = _committed(root)
+        stale = select(Lineage(root), wanted)
+        if not stale:
+            print("no stage is stale because of its code: nothing to accept")
+            return 0
+        print(f"comparing {len(stale)} stages with the code that they ran with", flush=True)
+        _accept(root, stale, compare(root, stale), head)
+    except UserError as error:
+        print(f"refused, nothing touched: {error}", file=sys.stderr)
+        return 1
+    return 0
+
+
+def _committed(root: Path) -> str:
+    """The present commit; :class:`UserError` if code, parameters or lock differ from it."""
+    listed = _run(
+        root, "git", "status", "--porcelain", "--", "dynat", "stages", "params.yaml", "dvc.yaml", "dvc.lock"
+    )
+    if listed.strip():
+        raise UserError(f"{listed.split()[1]}: not as committed; commit the edit first, or restore it")
+    return _run(root, "git", "rev-parse", "HEAD").strip()
+
+
+def _accept(root: Path, stale: Iterable[Stale], compared: dict[str, Compared], head: str) -> None:
+    """Bring the closures, dvc.lock and the records up to date."""
+    _run(root, sys.executable, "-m", "dvc", "repro", "--quiet", "check")
+    names = [stage.name for stage in stale]
+    _run(root, sys.executable, "-m", "dvc", "commit", "--quiet", "--force", *names)
+    for stage in stale:
+        each = compared[stage.name]
+        path = root / "metrics/runs" / stage.kind / f"{stage.setting}/{stage.method}/{stage.seed}.json"
+        if stage.method is not None and (record := read_json(root, path.relative_to(root).as_posix())):
+            link = {
+                "code": code_key(stage.kind),
+                "from": stage.code,
+                "recorded_commit": each.commit,
+                "commit": head,
+                "compared": each.what,
+                "date": datetime.now(UTC).isoformat(timespec="seconds"),
+            }
+            write_json(path, {**record, "accepted": [*record.get("accepted", []), link]})
+        print(f"accepted {stage.name}: {each.what[0]}")
+    changed = ", ".join(str(closure_file(kind)) for kind in dict.fromkeys(stage.kind for stage in stale))
+    print(f"commit dvc.lock, {changed} and metrics/runs together")
+
+
+def _run(root: Path, *command: str) -> str:
+    done = subprocess.run(command, cwd=root, capture_output=True, text=True)
+    if done.returncode:
+        reason = (done.stderr or done.stdout).strip().splitlines() or ["no reason given"]
+        raise UserError(f"{' '.join(command[:4])}: {reason[-1]}")
+    return done.stdout
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,139 @@
+"""What stages compute with one tree of code, as hashes by name: ``python -m dynat.accept`` runs it on two.
+
+A script: ``PYTHONPATH`` says which ``dynat`` it imports, the present folder is a workspace with params.yaml
+and the recorded data and models. Reads its work as JSON from standard input, and writes to the file that it
+is given ``{"values": {stage: [[name, hash], ...]}, "executed": {module: [line, ...]}}``.
+"""
+
+import hashlib
+import importlib
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import FrameType
+from typing import Any
+from unittest.mock import MagicMock
+
+FIRST = 5  # steps from the beginning of a training
+STEPS = 2  # at every epoch at which something changes, from the stored weights
+Values = Iterator[tuple[str, Any]]
+
+
+def main() -> None:
+    """Do the work."""
+    request, answer = json.load(sys.stdin), Path(sys.argv[1]).resolve()
+    executed: dict[str, set[int]] = {name: set() for name in request["modules"]}
+
+    def trace(frame: FrameType, event: str, argument: object) -> Any:
+        lines = executed.get(frame.f_globals.get("__name__", ""))
+        if lines is None or frame.f_code.co_name == "<module>":
+            return None
+
+        def line(frame: FrameType, event: str, argument: object) -> Any:
+            lines.add(frame.f_lineno)
+            return line
+
+        return line(frame, event, argument)
+
+    tracking = sys.modules["dynat.runtime.tracking"] = MagicMock()  # no output's byte depends on it
+    tracking.Tracker.return_value.finish.return_value = None
+    sys.settrace(trace)
+    values = {}
+    for stage in request["stages"]:
+        kind, run = stage["kind"], [stage["setting"], stage["method"], stage["seed"]]
+        work = train(*run) if kind == "train" else script(kind, run)
+        values[stage["name"]] = [(name, _hash(value)) for name, value in work]
+    sys.settrace(None)
+    lines = {name: sorted(found) for name, found in executed.items()}
+    answer.write_text(json.dumps({"values": values, "executed": lines}))
+
+
+def pin(setting: str) -> Any:
+    """The parameters of the workspace, with the machine pinned for ``setting``, once in a process."""
+    from dynat.config.params import load
+    from dynat.runtime import machine
+
+    params = load()
+    if "torch" not in sys.modules:
+        machine.pin(params.study[setting].machine)
+        machine.pin = MagicMock()
+    return params
+
+
+def train(setting: str, method: str, seed: int) -> Values:
+    """The first steps; two of each epoch at which the recipe changes something; an epoch's end; the files."""
+    params = pin(setting)
+    from dynat.methods.setup import set_up
+    from dynat.networks.weights import load_weights
+    from dynat.runtime import machine
+    from dynat.runtime.stage import Run
+
+    run = Run(setting, method, seed, params)
+    training, metadata, _ = set_up(run)
+    yield from machine.fingerprint(training.engine.device).items()
+    yield from _state("before the first step", training)
+    yield from _steps("epoch 0", training, 0, FIRST, [])
+    losses: list[Any] = []
+    for epoch in turns(training.recipe):
+        for name, network in training.networks.items():
+            network.load_state_dict(load_weights(run.path("models") / f"{name}.safetensors")[0])
+        yield from _steps(f"epoch {epoch} from the stored weights", training, epoch, STEPS, losses)
+    for name, value in training.close_epoch(losses).items():
+        yield f"at the end of an epoch: {name}", value
+    training.restore(training.state())
+    training.write(Path("written"), metadata)
+    for file in sorted(Path("written").iterdir()):
+        yield str(file), file.read_bytes()
+
+
+def turns(recipe: Any) -> list[int]:
+    """The epochs at which rate, weight perturbation, instance weights or early stop change, and the last."""
+    stop, schedule = recipe.inner.stop, recipe.schedule
+    first = {0, 1, schedule.epochs - 1, recipe.weights.begin, *schedule.drops}
+    first |= {recipe.awp.begin} if recipe.awp else set()
+    first |= {stop.ramp_until, *stop.budget} if stop else set()
+    return sorted(epoch for epoch in first if 0 <= epoch < schedule.epochs)
+
+
+def _steps(place: str, training: Any, epoch: int, count: int, losses: list[Any]) -> Values:
+    training.engine.set_epoch(epoch)
+    for number, batch in zip(range(count), training.batches(epoch), strict=False):
+        losses.append(training.engine.step(batch))
+        for name, value in losses[-1]._asdict().items():
+            yield f"{place}, step {number}: {name}", value.item()
+        yield from _state(f"{place}, step {number}", training)
+
+
+def _state(place: str, training: Any) -> Values:
+    for owner, network in training.networks.items():
+        for name, value in network.state_dict().items():
+            yield f"{place}: {owner} {name}", value
+    for number, state in training.engine.optimizer.state_dict()["state"].items():
+        for name, value in state.items():
+            yield f"{place}: {name} of parameter {number}", value
+
+
+def script(kind: str, run: list[Any]) -> Values:
+    """Every file that the script of another stage writes in the workspace."""
+    if kind in ("attack", "autoattack"):
+        pin(run[0])
+    sys.argv = [kind, *(str(part) for part in run if part is not None)]
+    before = {*Path("metrics").rglob("*")}
+    if status := importlib.import_module(f"stages.{kind}").stage():
+        sys.exit(f"stages.{kind} ended with {status}")
+    for path in sorted({*Path("metrics").rglob("*")} - before):
+        if path.is_file() and "runs" not in path.parts:  # runs is what a machine says of itself
+            yield str(path), path.read_bytes()
+
+
+def _hash(value: Any) -> str:
+    """SHA-256 of a tensor's or a file's bytes, or of a plain value's text."""
+    if hasattr(value, "detach"):
+        array = value.detach().cpu().contiguous().numpy()
+        value = f"{array.dtype} {array.shape} ".encode() + array.tobytes()
+    return hashlib.sha256(value if isinstance(value, bytes) else repr(value).encode()).hexdigest()
+
+
+if __name__ == "__main__":
+    main()
