@@ -68,7 +68,7 @@ def augment(
     ``images`` uint8 [B, C, H, W]; ``shifts`` int64 [B, 2], the crop's first row and column in the padded
     image, 0..2·pad (``pad`` leaves the image in place); ``flips`` bool [B]; ``angles`` degrees [B],
     counter-clockwise. The same as torchvision's ``RandomCrop``, ``RandomHorizontalFlip`` and
-    ``RandomRotation`` with those draws. Raises ``UserError`` if ``reflect`` pads beyond the image.
+    ``RandomRotation`` with those draws. Raises ``ValueError`` if ``reflect`` pads beyond the image.
     """
     height, width = images.shape[2:]
     rows = torch.arange(height, device=images.device) + (shifts[:, :1] - pad)
@@ -76,7 +76,7 @@ def augment(
     columns = torch.where(flips[:, None], width - 1 - columns, columns) + (shifts[:, 1:] - pad)
     if mode == "reflect":
         if pad >= min(height, width):
-            raise UserError(f"train.pad: {pad} reflects beyond images of {height}×{width}")
+            raise ValueError(f"pad={pad} reflects beyond images of {height}×{width}")
         rows, columns = (  # mirrored at 0 and the last, the edge itself not repeated
             last - (last - index.abs()).abs() for index, last in ((rows, height - 1), (columns, width - 1))
         )

@@ -61,7 +61,7 @@ def test_zero_padding_wider_than_the_image_leaves_it_out() -> None:
 
 
 def test_reflection_beyond_the_image_is_refused() -> None:
-    with pytest.raises(UserError, match=r"train\.pad: 8 reflects beyond"):
+    with pytest.raises(ValueError, match="pad=8 reflects beyond"):
         augment(
             random_images(1, 8, 8), torch.zeros(1, 2, dtype=torch.int64), torch.tensor([False]), 8, "reflect"
         )
