@@ -14,16 +14,18 @@ def edit(path: Path, change: Callable[[str], str]) -> None:
 
 def reworded(text: str) -> str:
     """Every text literal directly inside a raised error said otherwise."""
+    raised = [node.exc for node in ast.walk(ast.parse(text)) if isinstance(node, ast.Raise)]
+    texts = [
+        argument
+        for error in raised
+        for argument in (error.args if isinstance(error, ast.Call) else ())
+        if isinstance(argument, ast.Constant | ast.JoinedStr) and argument.lineno == argument.end_lineno
+    ]
     lines = text.splitlines(keepends=True)
-    for node in reversed(list(ast.walk(ast.parse(text)))):
-        if not (isinstance(node, ast.Raise) and isinstance(node.exc, ast.Call)):
-            continue
-        for argument in node.exc.args:
-            single = argument.lineno == argument.end_lineno
-            if isinstance(argument, ast.Constant | ast.JoinedStr) and single:
-                line = lines[argument.lineno - 1].encode()
-                before, after = line[: argument.col_offset], line[argument.end_col_offset :]
-                lines[argument.lineno - 1] = (before + b'f"in other words {1 + 1}"' + after).decode()
+    for each in sorted(texts, key=lambda node: (node.lineno, node.col_offset), reverse=True):
+        line = lines[each.lineno - 1].encode()
+        before, after = line[: each.col_offset], line[each.end_col_offset :]
+        lines[each.lineno - 1] = (before + b'f"in other words {1 + 1}"' + after).decode()
     return "".join(lines)
 
 
