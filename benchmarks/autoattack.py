@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from dynat.config.params import AutoAttack, Machine, Study, load
 from dynat.runtime import machine as environment
+from dynat.runtime.record import circumstances
 
 if TYPE_CHECKING:
     import torch
@@ -165,7 +166,7 @@ def _case(options: argparse.Namespace, study: Study, spec: AutoAttack, device: "
 
 
 def _title(options: argparse.Namespace, case: Case, device: "torch.device") -> str:
-    known = environment.record(device)
+    known = circumstances(device)
     hardware, versions = known["hardware"], known["versions"]
     what = f"{options.network}, random weights" if options.network else f"{options.setting}"
     where = hardware["processor"] if device.type == "cpu" else hardware["accelerator"]

@@ -37,11 +37,12 @@ class RunRecord:
         """Add hardware, versions and what else is known at the end, and write the file."""
         seconds = round(time.monotonic() - self.clock, 2)
         started = self.started.isoformat(timespec="seconds")
-        ran = {**self.values, "started": started, "seconds": seconds, **_circumstances(device)}
+        ran = {**self.values, "started": started, "seconds": seconds, **circumstances(device)}
         write_json(self.path, ran | more)
 
 
-def _circumstances(device: "torch.device") -> dict[str, Any]:
+def circumstances(device: "torch.device") -> dict[str, Any]:
+    """Hardware and versions of this process, by name."""
     return {
         "hardware": {
             "processor": _processor(),
