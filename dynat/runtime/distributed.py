@@ -141,10 +141,10 @@ def from_first(state: dict[str, Any] | None) -> dict[str, Any] | None:
 
 
 def _spread(flat: "Tensor", tensors: Sequence["Tensor"]) -> None:
-    """Copy consecutive pieces of ``flat`` into ``tensors``."""
+    """Copy consecutive parts of ``flat`` into ``tensors``."""
     import torch
 
     with torch.no_grad():
-        pieces = flat.split([tensor.numel() for tensor in tensors])
-        for tensor, piece in zip(tensors, pieces, strict=True):
-            tensor.copy_(piece.view(tensor.shape))
+        values = flat.split([tensor.numel() for tensor in tensors])
+        for tensor, value in zip(tensors, values, strict=True):
+            tensor.copy_(value.view(tensor.shape))
