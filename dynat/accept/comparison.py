@@ -16,7 +16,7 @@ from dvc_objects.fs import localfs
 from dynat.accept.changes import unproved
 from dynat.accept.stale import Stale
 from dynat.audit.history import checkout, commit_with
-from dynat.audit.lineage import content, hash_of
+from dynat.audit.lineage import hash_of
 from dynat.config import yaml_files
 from dynat.errors import UserError
 from dynat.runtime.closure import closure_file, closures
@@ -66,7 +66,7 @@ def _again(root: Path, stages: list[Stale], folder: Path) -> dict[str, Compared]
         space = _workspace(root, folder / stage.name, stage)
         _replica(PRESENT, space, [stage], [])
         for out, md5 in stage.outs.items():
-            if hash_of(content(localfs, str(space / out))) != md5:
+            if hash_of(localfs, str(space / out)) != md5:
                 raise UserError(f"{stage.name}: {out} comes out otherwise; run dvc repro")
         found[stage.name] = Compared(["done again, every output equal to the byte"], "")
     return found

@@ -7,7 +7,7 @@ from functools import cache, partial
 from dynat.audit.circumstances import circumstances
 from dynat.audit.history import commits
 from dynat.audit.lineage import CODE, Lineage
-from dynat.audit.link import Audited, Link, absent, broken, one_line
+from dynat.audit.link import Audited, Link, absent, broken, one_line, some
 from dynat.audit.printed import Printed, Source
 from dynat.audit.selection import kind_and_run, stages_behind
 from dynat.errors import UserError
@@ -23,7 +23,8 @@ def audit(printed: Printed, lineage: Lineage, keys: Iterable[str], whole: bool =
     behind = {key: stages_behind(printed, lineage, key) for key in keys}
     stages = dict.fromkeys(stage for chain, _ in behind.values() for stage in chain)
     if whole:
-        stages |= dict.fromkeys(stage for stage in lineage.stages if lineage.left_something(stage))
+        idle = [stage for stage in lineage.stages if stage not in stages and lineage.never_run(stage)]
+        stages |= dict.fromkeys(stage for stage in lineage.stages if stage not in idle)
     history, record = commits(lineage, stages), cache(partial(circumstances, printed.root))
     found: Audited = {}
     for key, (chain, missing) in behind.items():
@@ -35,7 +36,9 @@ def audit(printed: Printed, lineage: Lineage, keys: Iterable[str], whole: bool =
         found[key] = list(dict.fromkeys(links))
     if whole:
         chained = [link for stage in stages for link in lineage.check(stage)]
-        found[TABLES] = [*printed.tables(), *chained, *lineage.never_run(stages), *history]
+        found[TABLES] = [*printed.tables(), *chained, *history]
+        if idle:
+            found[TABLES].append(absent("chain", "dvc.yaml", f"never run, and in no number: {some(idle)}"))
     return found
 
 
