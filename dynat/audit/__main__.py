@@ -8,13 +8,14 @@ Exit status: 0 all links hold, 1 one is broken, 2 there is no such cell.
 import argparse
 import json
 import sys
+from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 from dynat.audit.checks import add_evidence, audit
 from dynat.audit.crate import export
 from dynat.audit.lineage import Lineage
-from dynat.audit.link import sound
-from dynat.audit.output import as_json, print_cell, print_many, print_stages
+from dynat.audit.link import Audited, Link, sound
 from dynat.audit.printed import Printed
 from dynat.audit.selection import select
 from dynat.errors import UserError
@@ -22,33 +23,26 @@ from dynat.errors import UserError
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the audit; returns the exit status."""
-    options = _options(arguments)
+    options, status = _options(arguments), 1  # the tables' index and the lock are links of every number
     try:
         printed, lineage = Printed(Path()), Lineage(Path())
-    except UserError as error:  # the tables' index and the lock are links of every number
-        return _fail(error, 1)
-    cells = printed.cells
-    try:
+        status, cells = 2, printed.cells
         keys = list(cells) if options.all else select(printed, lineage, options.number)
         found = audit(printed, lineage, keys, whole=options.all)
         add_evidence(printed, found, options.deep, options.replay)
         if options.crate:
             export(Path(), options.crate, {key: cells[key] for key in keys}, found)
     except UserError as error:
-        return _fail(error, 2)
+        print(f"error: {error}", file=sys.stderr)
+        return status
     if options.json:
-        print(json.dumps(as_json(cells, found), indent=1, ensure_ascii=False))
-    elif len(found) == 1 and not options.all:
-        print_cell(cells, keys[0], found[keys[0]])
+        print(json.dumps(_as_data(cells, found), indent=1, ensure_ascii=False))
     else:
-        print_many(cells, found)
-        print_stages(found, lineage.outputs_missing)
-    return 0 if all(sound(links) for links in found.values()) else 1
-
-
-def _fail(error: UserError, status: int) -> int:
-    print(f"error: {error}", file=sys.stderr)
-    return status
+        _print(cells, found)
+        if lineage.outputs_missing and len(found) > 1:
+            text = "stages whose outputs are not here, so that only the hashes in dvc.lock agree"
+            print(f"{text}: {len(lineage.outputs_missing)}")
+    return 0 if all(map(sound, found.values())) else 1
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -67,6 +61,41 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     if options.replay < 0:
         parser.error("--replay: N must not be negative")
     return options
+
+
+def _as_data(cells: dict[str, Any], found: Audited) -> list[dict[str, Any]]:
+    texts = {key: cell.get("text") for key, cell in cells.items()}
+    return [
+        {"cell": key, "text": texts.get(key), "ok": sound(links), "links": [*map(asdict, links)]}
+        for key, links in found.items()
+    ]
+
+
+def _print(cells: dict[str, Any], found: Audited) -> None:
+    """Of one cell a line per link; of several each broken link with its cells; and a summary."""
+    concerned: dict[Link, list[str]] = {}
+    for key, links in found.items():
+        for link in links:
+            concerned.setdefault(link, []).append(key)
+    holding = [sound(links) for key, links in found.items() if key in cells]
+    if len(found) == 1:
+        ((key, links),) = found.items()
+        cell = cells[key]
+        paper = "    paper {published}, difference {difference}" if "published" in cell else ""
+        print(f"{key} = {cell.get('text')}{paper.format_map(cell)}")
+        for link in links:
+            print(link.line)
+    else:
+        for link, keys in concerned.items():
+            if link.state == "broken":
+                print(f"{link.line}  [{keys[0] if len(keys) == 1 else f'{len(keys)} cells'}]")
+        for key in found if len(found) <= 12 else ():
+            print(f"{'✓' if sound(found[key]) else '✗'} {key}  {cells.get(key, {}).get('text', '')}")
+        print(f"{len(holding)} cells: {sum(holding)} hold, {len(holding) - sum(holding)} do not")
+    faulty, unknown = (sum(link.state == state for link in concerned) for state in ("broken", "absent"))
+    print(f"{len(concerned)} links: {faulty} broken, {unknown} could not be checked here")
+    if accepted := {link.subject for link in concerned if link.state == "accepted"}:
+        print(f"{len(accepted)} stages accepted by proof, not run by this code")
 
 
 if __name__ == "__main__":

@@ -8,8 +8,8 @@ from dynat.audit.circumstances import circumstances
 from dynat.audit.history import commits
 from dynat.audit.lineage import CODE, Lineage
 from dynat.audit.link import Audited, Link, absent, broken, one_line, some
-from dynat.audit.printed import Printed, Source
-from dynat.audit.selection import kind_and_run, stages_behind
+from dynat.audit.printed import Printed, Source, kind_and_run
+from dynat.audit.selection import stages_behind
 from dynat.errors import UserError
 from dynat.runtime.files import read_json
 from dynat.runtime.lock import locked
@@ -84,5 +84,5 @@ def _attempt(subject: str, check: Callable[[], list[Link]]) -> list[Link]:
         return check()
     except UserError as error:
         return [absent("evidence", subject, str(error))]
-    except (AttributeError, KeyError, TypeError, ValueError, RuntimeError) as error:
+    except (AttributeError, LookupError, TypeError, ValueError, RuntimeError) as error:
         return [broken("evidence", subject, f"does not fit together ({one_line(error)})", "run dvc repro")]

@@ -1,6 +1,5 @@
 """How a stage was run, from ``metrics/runs``: hardware, versions, time, resumption, MLflow run, proofs."""
 
-import os
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing
@@ -12,6 +11,8 @@ from dynat.errors import UserError
 from dynat.runtime.files import read_json
 
 RERUN = "restore it with git checkout, or run dvc repro -f of that stage"
+MLFLOW = """SELECT status, value FROM runs LEFT JOIN tags
+    ON tags.run_uuid = runs.run_uuid AND key = 'model.sha256' WHERE runs.run_uuid = ?"""
 
 
 def circumstances(root: Path, stage: str, run: str, model_sha256: str, code: str) -> list[Link]:
@@ -25,72 +26,55 @@ def circumstances(root: Path, stage: str, run: str, model_sha256: str, code: str
         record = read_json(root, name)
         if record is None:
             return [absent("circumstances", name, "no record of this run")]
-        if fault := _fault(record, stage, run, model_sha256):
-            return [broken("circumstances", name, fault, RERUN)]
-        return [_described(root, name, record, model_sha256), *_accepted(name, record, code)]
-    except UserError as error:
-        return [broken("circumstances", name, str(error), RERUN)]
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        logged = _mlflow(root, record.get("mlflow_run_id") or "")
+        status, tagged = logged or ("FINISHED", None)
+        kind, _, cell = record["stage"].partition("@")
+        weights, seed = record["model_sha256"], str(record["seed"])
+        for fault, now, wanted in (
+            (f"is the record of {record['stage']}", kind.split("_")[0], stage),
+            (f"is the record of {record['stage']}", cell, cell and run.replace("/", "-")),
+            (f"is of the training seed {seed}", seed, run.rpartition("/")[2]),
+            (f"is of the weights {weights[:10]}", weights, model_sha256 or weights),
+            (f"its MLflow run is {status}, of the weights {str(tagged)[:10]}", status, "FINISHED"),
+            (f"its MLflow run is {status}, of the weights {str(tagged)[:10]}", tagged, tagged and weights),
+        ):
+            if now != wanted:
+                return [broken("circumstances", name, fault, RERUN)]
+        return [_described(name, record, logged is not None), *_accepted(name, record, code)]
+    except (UserError, AttributeError, KeyError, TypeError, ValueError) as error:
         return [broken("circumstances", name, f"not as the stages write it ({error!r})", RERUN)]
 
 
-def _fault(record: dict[str, Any], stage: str, run: str, model_sha256: str) -> str | None:
-    kind, _, cell = record["stage"].partition("@")
-    if kind.split("_")[0] != stage or (cell and cell != run.replace("/", "-")):
-        return f"is the record of {record['stage']}"
-    if str(record["seed"]) != run.rpartition("/")[2]:
-        return f"is of the training seed {record['seed']}"
-    if model_sha256 and record["model_sha256"] != model_sha256:
-        return f"is of the weights {record['model_sha256'][:10]}, the metrics of {model_sha256[:10]}"
-    return None
+def _mlflow(root: Path, run_id: str) -> tuple[str, str | None] | None:
+    """Status and ``model.sha256`` of a run in the store here, or None; MLflow itself is slow."""
+    store = f"{(root / 'mlflow.db').resolve().as_uri()}?mode=ro"
+    try:
+        with closing(sqlite3.connect(store, uri=True)) as tables:
+            found: tuple[str, str | None] | None = tables.execute(MLFLOW, (run_id,)).fetchone()
+            return found
+    except sqlite3.Error:
+        return None
 
 
-def _described(root: Path, name: str, record: dict[str, Any], model_sha256: str) -> Link:
+def _described(name: str, record: dict[str, Any], logged: bool) -> Link:
     hardware, versions = record["hardware"], record["versions"]
     where = hardware["accelerator"] if hardware["accelerator"] != "none" else hardware["processor"]
     epoch = record.get("resumed_from_epoch")
-    resumed = record.get("resumed", 0 if epoch is None else 1)
+    resumed = record.get("resumed", 0)
     times = f"resumed {resumed} time{'s' if resumed > 1 else ''}" if resumed else "never resumed"
+    run_id = record.get("mlflow_run_id") or ""
+    store = "found, finished, of these weights" if logged else "(not in a store at hand)"
     parts = [
         f"{record['started'][:10]}, {record['seconds']:g} s on {where}",
         f"torch {versions['torch']}, python {versions['python']}",
         f"seed {record['seed']}",
         times if epoch is None else f"{times}, last at epoch {epoch}",
+        f"MLflow run {run_id[:10]} {store}" if run_id else "no MLflow run",
     ]
     if record.get("experiment"):
         parts.append(f"experiment {record['experiment']} on {str(record.get('baseline_rev'))[:10]}")
-    run_id = record.get("mlflow_run_id") or ""
-    if stored := _mlflow(root, run_id):
-        status, model = stored
-        if status != "FINISHED" or model not in (None, model_sha256):
-            text = f"its MLflow run {run_id} is {status}, of the weights {str(model)[:10]}"
-            return broken("circumstances", name, text, RERUN)
-        parts.append(f"MLflow run {run_id[:10]} found, finished, of these weights")
-    else:
-        parts.append(f"MLflow run {run_id[:10]} (not in a store at hand)" if run_id else "no MLflow run")
     details = [f"{key} {value}" for key, value in {**hardware, **versions}.items()]
     return good("circumstances", name, "; ".join(parts), details)
-
-
-def _mlflow(root: Path, run_id: str) -> tuple[str, str | None] | None:
-    """Status and ``model.sha256`` of a run in the SQLite store, read-only; None if it is not there.
-
-    Importing MLflow takes seconds; its two tables have been the same for years.
-    """
-    uri = os.environ.get("MLFLOW_TRACKING_URI") or f"sqlite:///{(root / 'mlflow.db').resolve()}"
-    path = Path(uri.removeprefix("sqlite:///"))
-    if not uri.startswith("sqlite:///") or not path.exists():
-        return None
-    query = (
-        "SELECT status, value FROM runs LEFT JOIN tags"
-        " ON tags.run_uuid = runs.run_uuid AND key = 'model.sha256' WHERE runs.run_uuid = ?"
-    )
-    try:
-        with closing(sqlite3.connect(f"{path.resolve().as_uri()}?mode=ro", uri=True)) as store:
-            found: tuple[str, str | None] | None = store.execute(query, (run_id,)).fetchone()
-            return found
-    except sqlite3.Error:
-        return None
 
 
 def _accepted(name: str, record: dict[str, Any], code: str) -> Iterator[Link]:

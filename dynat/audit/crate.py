@@ -3,15 +3,12 @@
 ``dvc.yaml`` is the workflow; a run of it is one action from ``params.yaml`` and code to the result files.
 """
 
-import json
-from datetime import datetime, timedelta
 from pathlib import Path
 from typing import Any
 
-import yaml
-
 from dynat.audit.link import Audited, sound
-from dynat.audit.selection import kind_and_run
+from dynat.audit.printed import kind_and_run
+from dynat.config import yaml_files
 from dynat.errors import UserError
 from dynat.runtime.files import sha256
 
@@ -20,9 +17,8 @@ PROFILES = {
     "https://w3id.org/ro/wfrun/workflow/0.5": "Workflow Run Crate",
     "https://w3id.org/workflowhub/workflow-ro-crate/1.0": "Workflow RO-Crate",
 }
-BIOSCHEMAS = "https://bioschemas.org/profiles"
-LICENCE = "https://spdx.org/licenses/MIT"
 FORMATS = {".json": "application/json", ".md": "text/markdown", ".csv": "text/csv", ".html": "text/html"}
+ABOUT = ("README.md", "CITATION.cff", "LICENSE")
 
 
 def export(root: Path, folder: Path, cells: dict[str, dict[str, Any]], found: Audited) -> None:
@@ -38,32 +34,25 @@ def export(root: Path, folder: Path, cells: dict[str, dict[str, Any]], found: Au
         raise UserError(f"{folder}: is not empty; name a new folder")
     crate = ROCrate(version="1.1")  # on which these profiles build
     crate.metadata.extra_terms["sha256"] = "https://w3id.org/ro/terms/workflow-run#sha256"
+    crate.metadata["conformsTo"] = [{"@id": "https://w3id.org/ro/crate/1.1"}, {"@id": [*PROFILES][-1]}]
     crate.name = "dynat: audited results"
-    text = f"{len(cells)} reproduced numbers of Dynamic Label Adversarial Training and their origin"
-    crate.description = text
+    crate.description = f"{len(cells)} reproduced numbers of Dynamic Label Adversarial Training, their origin"
     workflow = _workflow(crate, root)
+    results, records = _files(root, cells)
+    values = []
+    for key, cell in cells.items():
+        verdict = "every link of its audit holds" if sound(found[key]) else "its audit found a broken link"
+        about = {"name": key, "value": cell["text"], "description": verdict}
+        values.append(_add(crate, f"#{key}", "PropertyValue", **about))
+    run = _add(crate, "#run", "CreateAction", name="dvc repro", description="Run of the pipeline")
+    run["instrument"], run["agent"] = workflow, crate.root_dataset["author"]
     inputs = [_file(crate, root, name) for name in ("params.yaml", "dvc.lock")]
     inputs[0]["exampleOfWork"] = workflow["input"]
-    results, records = _files(root, cells)
     outputs = [_file(crate, root, name, exampleOfWork=workflow["output"]) for name in results]
-    for name in records:
-        _file(crate, root, name)
-    values = [_value(crate, key, cell["text"], sound(found[key])) for key, cell in cells.items()]
-    action = {
-        "@id": "#run",
-        "@type": "CreateAction",
-        "name": "dvc repro",
-        "description": "Run of the pipeline",
-    }
-    if records:
-        starts, ends = zip(*(_time(root / name) for name in records), strict=True)
-        action |= {"startTime": min(starts).isoformat(), "endTime": max(ends).isoformat(timespec="seconds")}
-    run = crate.root_dataset["mentions"] = crate.add_jsonld(action)
-    run["instrument"], run["agent"] = workflow, crate.root_dataset["author"]
     run["object"], run["result"] = inputs, [*outputs, *values]
-    for name in ("CITATION.cff", "LICENSE"):
+    crate.root_dataset["mentions"] = run
+    for name in (*records, *ABOUT):  # the records have times and machines
         _file(crate, root, name)
-    _file(crate, root, "README.md")["about"] = crate.root_dataset
     try:
         crate.write(folder)
     except OSError as error:
@@ -71,43 +60,28 @@ def export(root: Path, folder: Path, cells: dict[str, dict[str, Any]], found: Au
 
 
 def _workflow(crate: Any, root: Path) -> Any:
-    """The main entity, its language, licence, authors and two parameters."""
-    dataset, citation = (
-        crate.root_dataset,
-        yaml.safe_load((root / "CITATION.cff").read_text(encoding="utf-8")),
-    )
-
-    def add(id_: str, type_: str, **properties: Any) -> Any:
-        return crate.add_jsonld({"@id": id_, "@type": type_, **properties})
-
+    """The main entity with its language, licence, author and two parameters."""
+    dataset = crate.root_dataset
+    citation = yaml_files.parse((root / "CITATION.cff").read_text(encoding="utf-8"))
     dataset["conformsTo"] = [
-        add(url, "CreativeWork", name=name, version=url[-3:]) for url, name in PROFILES.items()
+        _add(crate, url, "CreativeWork", name=name, version=url[-3:]) for url, name in PROFILES.items()
     ]
-    dataset["license"] = add(LICENCE, "CreativeWork", name="MIT License")
-    dataset["author"] = add("#authors", "Organization", name=citation["authors"][0]["name"])
-    dataset["publisher"] = dataset["author"]
-    workflow = _file(
-        crate,
-        root,
-        "dvc.yaml",
-        **{"@type": ["File", "SoftwareSourceCode", "ComputationalWorkflow"]},
-        name=citation["title"],
-        version=citation["version"],
-        encodingFormat="application/yaml",
-        conformsTo={"@id": f"{BIOSCHEMAS}/ComputationalWorkflow/1.0-RELEASE"},
-    )
+    licence = citation["license"]
+    dataset["license"] = _add(crate, f"https://spdx.org/licenses/{licence}", "CreativeWork", name=licence)
+    dataset["author"] = _add(crate, "#authors", "Organization", name=citation["authors"][0]["name"])
+    kinds = ["File", "SoftwareSourceCode", "ComputationalWorkflow"]
+    workflow = _file(crate, root, "dvc.yaml", **{"@type": kinds, "name": citation["title"]})
     workflow["license"] = dataset["license"]
-    dvc = {"name": "DVC", "alternateName": "dvc.yaml", "url": {"@id": "https://dvc.org"}}
-    workflow["programmingLanguage"] = add("#dvc", "ComputerLanguage", **dvc)
-    if "repository-code" in citation:
-        workflow["url"] = {"@id": citation["repository-code"]}
+    workflow["programmingLanguage"] = _add(crate, "https://dvc.org", "ComputerLanguage", name="DVC")
     for kind, text in (("input", "parameters of the study"), ("output", "metrics, verdicts and tables")):
-        parameter = add(f"#{kind}", "FormalParameter", name=kind, description=text, additionalType="File")
-        parameter["conformsTo"] = {"@id": f"{BIOSCHEMAS}/FormalParameter/1.0-RELEASE"}
-        workflow[kind] = parameter
+        about = {"name": kind, "description": text, "additionalType": "File"}
+        workflow[kind] = _add(crate, f"#{kind}", "FormalParameter", **about)
     crate.mainEntity = workflow
-    crate.metadata["conformsTo"] = [{"@id": "https://w3id.org/ro/crate/1.1"}, {"@id": [*PROFILES][-1]}]
     return workflow
+
+
+def _add(crate: Any, id_: str, type_: str, **properties: Any) -> Any:
+    return crate.add_jsonld({"@id": id_, "@type": type_, **properties})
 
 
 def _file(crate: Any, root: Path, file: str, **properties: Any) -> Any:
@@ -130,17 +104,3 @@ def _files(root: Path, cells: dict[str, dict[str, Any]]) -> tuple[list[str], lis
     records = dict.fromkeys(f"metrics/runs/{stage}/{run}.json" for stage, run in runs)
     found = [name for name in records if (root / name).is_file()]
     return list(dict.fromkeys(["metrics/tables/cells.json", *tables, *results])), found
-
-
-def _value(crate: Any, key: str, text: str, holds: bool) -> Any:
-    """A printed number and the outcome of its audit."""
-    verdict = "every link of its audit holds" if holds else "its audit found a broken link"
-    number = {"@id": f"#{key}", "@type": "PropertyValue", "name": key, "value": text, "description": verdict}
-    return crate.add_jsonld(number)
-
-
-def _time(path: Path) -> tuple[datetime, datetime]:
-    """Start and end of a recorded stage."""
-    record = json.loads(path.read_text(encoding="utf-8"))
-    start = datetime.fromisoformat(record["started"])
-    return start, start + timedelta(seconds=record["seconds"])

@@ -5,14 +5,14 @@ Imports torch, as no other module of the audit does: to be imported after the CP
 
 import random
 from dataclasses import dataclass
+from itertools import islice
 from pathlib import Path
 
 import torch
 from torch import Tensor, nn
 
 from dynat.audit.link import Link, absent, broken, good
-from dynat.audit.printed import Printed, Source
-from dynat.audit.selection import kind_and_run
+from dynat.audit.printed import Printed, Source, kind_and_run
 from dynat.config.params import Attack
 from dynat.data.splits import load, to_unit
 from dynat.errors import UserError
@@ -38,7 +38,7 @@ class Stored:
     """The network, images and evidence behind one source."""
 
     network: nn.Module
-    natural: Tensor  # float32 [n,C,H,W] in [0,1]
+    images: Tensor  # uint8 [n,C,H,W]
     labels: Tensor  # int64 [n]
     robust: Tensor  # bool [n]
     indices: Tensor  # int64 [b]: samples with an adversarial image
@@ -52,13 +52,8 @@ def witness(printed: Printed, source: Source) -> list[Link]:
     """
     kind, run = kind_and_run(source)
     study = printed.params.study[run.split("/")[0]]
-    spec = (
-        study.attack
-        if kind == "attack"
-        else study.attack.model_copy(
-            update={"epsilon": study.autoattack.epsilon, "seed": study.autoattack.seed}
-        )
-    )
+    judged = getattr(study, kind)  # APGD-CE of AutoAttack is repeated as the attack of that name
+    spec = study.attack.model_copy(update={"epsilon": judged.epsilon, "seed": judged.seed})
     stored = _stored(printed, source, device_of(study.machine))
     about = f"{source['file'].removesuffix('.json')} {source['checkpoint']}/{source['attack']}"
     if faults := _faults(stored, spec.epsilon):
@@ -71,7 +66,7 @@ def witness(printed: Printed, source: Source) -> list[Link]:
     )
     links = [good("evidence", f"witness {about}", text)]
     if source["attack"] != "clean" and stored.robust.any():
-        name = source["attack"] if kind == "attack" else "apgd-ce"  # AutoAttack's draws depend on the batch
+        name = source["attack"] if kind == "attack" else "apgd-ce"
         links.append(_attack_again(stored, name, spec, f"robust {about}"))
     return links
 
@@ -88,7 +83,7 @@ def _stored(printed: Printed, source: Source, device: torch.device) -> Stored:
     verdicts = (read_json(root, source["verdicts"]) or {})[checkpoint][attack]
     robust = torch.tensor(decode(verdicts["robust"], verdicts["n"]), device=device)
     splits, (network, _) = load(root / data, device), load_network(root / weights, device)
-    natural, labels = to_unit(splits.test_images[: len(robust)]), splits.test_labels[: len(robust)]
+    natural, labels = splits.test_images[: len(robust)], splits.test_labels[: len(robust)]
     tensors, _ = load_weights(root / images)
     indices = tensors.get(f"{checkpoint}/{attack}/indices", torch.zeros(0, dtype=torch.long))
     adversarial = tensors.get(f"{checkpoint}/{attack}/images", torch.zeros(0, *natural.shape[1:]))
@@ -104,28 +99,20 @@ def _needed(printed: Printed, *names: str) -> Path:
 
 @torch.no_grad()
 def _faults(stored: Stored, epsilon: float) -> list[str]:
-    natural, robust = stored.natural, stored.robust
-    indices, adversarial, n = stored.indices, stored.adversarial, len(robust)
-    if len(natural) != n:
-        return [f"verdicts of {n} samples, but {len(natural)} test images"]
-    if ((indices < 0) | (indices >= n)).any():
-        return ["indices beyond the samples"]
-    if adversarial.shape != (len(indices), *natural.shape[1:]) or len(indices.unique()) != len(indices):
-        return ["indices and images do not fit together"]
-    if not adversarial.isfinite().all():
-        return ["an image is not finite"]
+    """What does not fit, counted; what is not a number is beyond every bound."""
+    robust, indices, adversarial = stored.robust, stored.indices, stored.adversarial
+    natural = to_unit(stored.images)
     images, labels = torch.cat([natural, adversarial]), torch.cat([stored.labels, stored.labels[indices]])
     logits = torch.cat([stored.network(part) for part in images.split(500)])
-    wrong_by = attacks.margins(logits, labels)
-    clean, attacked = wrong_by[:n], wrong_by[n:]
+    clean, attacked = attacks.margins(logits, labels).split([len(robust), len(indices)])
     has_witness = torch.zeros_like(robust)
     has_witness[indices] = True
     distance = (adversarial - natural[indices]).abs().flatten(1).amax(1)
     beyond = (adversarial - adversarial.clamp(0, 1)).abs().flatten(1).amax(1)
     counted = {
-        f"adversarial images lie outside the ball of {epsilon:.6g}": distance > epsilon + FLOAT,
-        "adversarial images leave [0,1]": beyond > FLOAT,
-        "adversarial images are classified right by the stored weights": attacked < -MARGIN,
+        f"adversarial images lie outside the ball of {epsilon:.6g}": ~(distance <= epsilon + FLOAT),
+        "adversarial images leave [0,1]": ~(beyond <= FLOAT),
+        "adversarial images are classified right by the stored weights": ~(attacked >= -MARGIN),
         "samples are called robust and have a witness": has_witness & robust,
         "samples are called broken without a witness": ~robust & ~has_witness & (clean < -MARGIN),
         "samples are called robust, but err already when clean": robust & (clean > MARGIN),
@@ -134,23 +121,15 @@ def _faults(stored: Stored, epsilon: float) -> list[str]:
 
 
 def _attack_again(stored: Stored, name: str, spec: Attack, subject: str) -> Link:
-    """Repeat an attack on a few robust samples."""
+    """Repeat an attack on a few robust samples, as the evaluation made it."""
     survivors = stored.robust.nonzero().squeeze(1).tolist()
-    chosen = torch.tensor(sorted(random.sample(survivors, min(SAMPLES, len(survivors)))))
-    x, y = (each[chosen.to(each.device)] for each in (stored.natural, stored.labels))
-    noise = whitebox.sample_noise(x, spec.seed, chosen)
-    if name == "apgd-ce":
-        adversarial, what = whitebox.apgd(stored.network, x, y, noise, spec), "a fresh APGD-CE"
-    else:
-        start, what = attacks.uniform_start(x, spec.epsilon, noise), f"{name} again from the same start"
-        if name == "fgsm":  # one step as wide as the ball, from the image
-            start, spec = x, spec.model_copy(update={"step": spec.epsilon})
-        steps = {"fgsm": 1, "cw": spec.cw_steps}.get(name) or int(name.removeprefix("pgd"))
-        objective = attacks.margin if name == "cw" else attacks.cross_entropy
-        ((_, adversarial, _),) = whitebox.pgd(stored.network, x, y, start, spec, [steps], objective)
-    fallen = int((whitebox.predict(stored.network, adversarial) != y).sum())
-    text = f"{len(x) - fallen} of {len(x)} random robust samples withstand {what}"
-    if fallen > max(1, REFUTED * len(x)):
+    chosen = torch.tensor(random.sample(survivors, min(SAMPLES, len(survivors))), device=stored.robust.device)
+    images, labels = stored.images[chosen], stored.labels[chosen]
+    attack = "pgd" if name.startswith("pgd") else name
+    found = whitebox.evaluate(stored.network, images, labels, spec, [attack], indices=chosen)[name]
+    fallen, count = int((~found.robust).sum()), len(chosen)
+    text = f"{count - fallen} of {count} random robust samples withstand {name} again"
+    if fallen > max(1, REFUTED * count):
         return broken("evidence", subject, text, "their verdicts are wrong; run dvc repro -f of the attack")
     if fallen:
         return absent("evidence", subject, f"{text}; rounding or chance explains so few")
@@ -169,16 +148,16 @@ def replay(printed: Printed, run: str, steps: int) -> list[Link]:
     if (processes := record.get("processes", 1)) > 1:  # each had batch statistics of its own
         return [absent("replay", subject, f"not repeated: {processes} processes trained it, here is one")]
     study = printed.params.study[setting]
-    device = device_of(study.machine)
     recorded = read_csv(root, trace)[:steps]
     now = _losses(Run(setting, method, int(seed), printed.params), len(recorded))
     pairs = [(float(row[n]), losses[n]) for row, losses in zip(recorded, now, strict=True) for n in losses]
-    gaps = [0.0 if one == two else abs(one - two) / max(abs(two), 1e-12) for one, two in pairs]
-    same = fingerprint(device).items() <= record.get("hardware", {}).items() and not study.train.compile
-    worst, first = max(gaps, default=0.0), f"the first {len(recorded)} steps"
-    where = "compiled anew" if study.train.compile else "on another kind of machine"
-    kind = "on the same kind of machine" if same else f"{where}, tolerance {TOLERANCE:g}"
-    if not gaps or worst > (0 if same else TOLERANCE):
+    gaps = [abs(one - two) / max(abs(two), 1e-12) for one, two in pairs]
+    machine = fingerprint(device_of(study.machine)).items()
+    same = machine <= record.get("hardware", {}).items() and not study.train.compile
+    kind = "on the same kind of machine" if same else f"compiled anew or elsewhere, tolerance {TOLERANCE:g}"
+    first = f"the first {len(recorded)} steps"
+    worst = max(gaps, default=0.0)
+    if not gaps or not all(gap <= (0 if same else TOLERANCE) for gap in gaps):
         text = f"the losses of {first} differ by up to {worst:.2g} {kind}"
         advice = "these code, data, parameters and seed did not train it; run dvc repro -f of the training"
         return [broken("replay", subject, text, advice)]
@@ -192,9 +171,7 @@ def _losses(run: Run, steps: int) -> list[dict[str, float]]:
     losses: list[dict[str, float]] = []
     for epoch in range(training.recipe.schedule.epochs):
         training.engine.set_epoch(epoch)
-        for batch in training.batches(epoch):
-            if len(losses) == steps:
-                return losses
+        for batch in islice(training.batches(epoch), steps - len(losses)):
             done = training.engine.step(batch)
             losses.append({"target_loss": done.target_loss.item(), "guide_loss": done.guide_loss.item()})
     return losses

@@ -22,6 +22,12 @@ RETABULATE = "run dvc repro tabulate"
 Source = dict[str, Any]
 
 
+def kind_and_run(source: Source) -> tuple[str, str]:
+    """The stage that measured a source, as attack or autoattack, and its ``setting/method/seed``."""
+    _, kind, run = source["file"].removesuffix(".json").split("/", 2)
+    return kind, run
+
+
 class Printed:
     """The tables as they are printed, and as the verdicts say they should be.
 

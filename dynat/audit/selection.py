@@ -8,19 +8,13 @@ from typing import Any
 
 from dynat.audit.lineage import Lineage
 from dynat.audit.link import Link, broken
-from dynat.audit.printed import CELLS, Printed, Source
+from dynat.audit.printed import CELLS, Printed
 from dynat.errors import UserError
 from dynat.paper.cells import name
 from dynat.paper.published import TITLES, values
 from dynat.paper.tables import command
 
 NUMBER = r"[-+]?\d+(?:\.\d+)?"
-
-
-def kind_and_run(source: Source) -> tuple[str, str]:
-    """The stage that measured a source, as attack or autoattack, and its ``setting/method/seed``."""
-    _, kind, run = source["file"].removesuffix(".json").split("/", 2)
-    return kind, run
 
 
 def stages_behind(printed: Printed, lineage: Lineage, key: str) -> tuple[list[str], list[Link]]:
