@@ -13,12 +13,12 @@ from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
-from dynat.accept.comparison import Compared, compare
+from dynat.accept.comparison import compare
 from dynat.accept.stale import Stale, select
 from dynat.audit.lineage import Lineage
 from dynat.config.params import load
 from dynat.errors import UserError
-from dynat.runtime.closure import closure_file, code_key
+from dynat.runtime.closure import code_key
 from dynat.runtime.files import read_json, write_json
 
 
@@ -46,35 +46,25 @@ def main(arguments: list[str] | None = None) -> int:
 
 def _committed(root: Path) -> str:
     """The present commit; :class:`UserError` if code, parameters or lock differ from it."""
-    listed = _run(
-        root, "git", "status", "--porcelain", "--", "dynat", "stages", "params.yaml", "dvc.yaml", "dvc.lock"
-    )
-    if listed.strip():
-        raise UserError(f"{listed.split()[1]}: not as committed; commit the edit first, or restore it")
+    paths = ("dynat", "stages", "params.yaml", "dvc.yaml", "dvc.lock")
+    if listed := _run(root, "git", "status", "--porcelain", "--", *paths).split():
+        raise UserError(f"{listed[1]}: not as committed; commit the edit first, or restore it")
     return _run(root, "git", "rev-parse", "HEAD").strip()
 
 
-def _accept(root: Path, stale: Iterable[Stale], compared: dict[str, Compared], head: str) -> None:
+def _accept(root: Path, stale: Iterable[Stale], compared: dict[str, list[str]], head: str) -> None:
     """Bring the closures, dvc.lock and the records up to date."""
-    _run(root, sys.executable, "-m", "dvc", "repro", "--quiet", "check")
-    names = [stage.name for stage in stale]
-    _run(root, sys.executable, "-m", "dvc", "commit", "--quiet", "--force", *names)
+    dvc = (sys.executable, "-m", "dvc")
+    _run(root, *dvc, "repro", "--quiet", "check")
+    _run(root, *dvc, "commit", "--quiet", "--force", *compared)
+    proof = {"commit": head, "date": datetime.now(UTC).isoformat(timespec="seconds")}
     for stage in stale:
-        each = compared[stage.name]
-        path = root / "metrics/runs" / stage.kind / f"{stage.setting}/{stage.method}/{stage.seed}.json"
-        if stage.method is not None and (record := read_json(root, path.relative_to(root).as_posix())):
-            link = {
-                "code": code_key(stage.kind),
-                "from": stage.code,
-                "recorded_commit": each.commit,
-                "commit": head,
-                "compared": each.what,
-                "date": datetime.now(UTC).isoformat(timespec="seconds"),
-            }
-            write_json(path, {**record, "accepted": [*record.get("accepted", []), link]})
-        print(f"accepted {stage.name}: {each.what[0]}")
-    changed = ", ".join(str(closure_file(kind)) for kind in dict.fromkeys(stage.kind for stage in stale))
-    print(f"commit dvc.lock, {changed} and metrics/runs together")
+        name, what = f"metrics/runs/{stage.kind}/{stage.run}.json", compared[stage.name]
+        if record := read_json(root, name):
+            link = {"code": code_key(stage.kind), "from": stage.code, "compared": what, **proof}
+            write_json(root / name, {**record, "accepted": [*record.get("accepted", []), link]})
+        print(f"accepted {stage.name}: {what[0]}")
+    print("commit dvc.lock, metrics/code and metrics/runs together")
 
 
 def _run(root: Path, *command: str) -> str:

@@ -119,12 +119,17 @@ def script(kind: str, run: list[Any]) -> Values:
     if kind in ("attack", "autoattack"):
         pin(run[0])
     sys.argv = [kind, *(str(part) for part in run if part is not None)]
-    before = {*Path("metrics").rglob("*")}
+    before = _written()
     if status := importlib.import_module(f"stages.{kind}").stage():
         sys.exit(f"stages.{kind} ended with {status}")
-    for path in sorted({*Path("metrics").rglob("*")} - before):
-        if path.is_file() and "runs" not in path.parts:  # runs is what a machine says of itself
-            yield str(path), path.read_bytes()
+    for path in sorted(_written() - before):
+        yield str(path), path.read_bytes()
+
+
+def _written() -> set[Path]:
+    """The files below data and metrics but runs, which is what a machine says of itself."""
+    paths = [path for folder in ("data", "metrics") for path in Path(folder).rglob("*") if path.is_file()]
+    return {path for path in paths if path.parts[:2] != ("metrics", "runs")}
 
 
 def _hash(value: Any) -> str:

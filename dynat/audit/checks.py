@@ -63,20 +63,15 @@ def add_evidence(printed: Printed, found: Audited, deep: bool, steps: int) -> No
         pin(study[next((each for each in settings if each in study), printed.params.settings[0])].machine)
     from dynat.audit.evidence import replay, witness
 
-    done: dict[tuple[str, ...], list[Link]] = {}
+    done: dict[object, list[Link]] = {}
     for key, links in found.items():
         for source in printed.cells.get(key, {}).get("sources", ()):
-            _, run = kind_and_run(source)
-            wanted: dict[tuple[str, ...], Callable[[], list[Link]]] = {}
-            if deep:
-                verdict = (source["file"], source["checkpoint"], source["attack"])
-                wanted[verdict] = partial(witness, printed, source)
-            if steps:
-                wanted[(run,)] = partial(replay, printed, run, steps)
-            for at, check in wanted.items():
-                if at not in done:
-                    done[at] = _attempt(at[0], check)
-                links += [link for link in done[at] if link not in links]
+            run, verdict = kind_and_run(source)[1], (source["file"], source["checkpoint"], source["attack"])
+            if deep and verdict not in done:
+                done[verdict] = _attempt(source["file"], partial(witness, printed, source))
+            if steps and run not in done:
+                done[run] = _attempt(run, partial(replay, printed, run, steps))
+            links += [link for at in (verdict, run) for link in done.get(at, ()) if link not in links]
 
 
 def _attempt(subject: str, check: Callable[[], list[Link]]) -> list[Link]:

@@ -60,10 +60,8 @@ class Printed:
             return [broken("printed", f"{CELLS} {key}", f"unreadable ({error!r})", RETABULATE)]
 
     def _recount(self, key: str) -> Link:
-        cell, robust = (
-            self.cells[key],
-            [(source["seed"], self._robust(source)) for source in self.sources(key)],
-        )
+        cell = self.cells[key]
+        robust = [(source["seed"], self._robust(source)) for source in self.sources(key)]
         counts = [{"seed": seed, "robust": sum(each), "n": len(each)} for seed, each in robust]
         again = average(counts)
         del again["mean"]
@@ -90,18 +88,19 @@ class Printed:
         metrics = read_json(self.root, file)
         if metrics is None:
             return broken("printed", file, "missing", "restore it or run dvc repro")
-        _, kind, setting, *_ = file.split("/")
-        spec = getattr(self.params.study[setting], kind)
-        for name, wanted in (("epsilon", spec.epsilon), ("attack_seed", spec.seed)):
-            if metrics[name] != wanted:
-                text = f"{name} is {metrics[name]}, params.yaml says {wanted}"
-                return broken("printed", file, text, "run dvc repro")
-        _, *path, _ = pointer.split("/")
-        stated: Any = reduce(getitem, path, metrics)
+        kind, run = kind_and_run(source)
+        spec = getattr(self.params.study[run.split("/")[0]], kind)
+        stated: Any = reduce(getitem, pointer.split("/")[1:-1], metrics)
         counted = accuracy(self._robust(source))
-        if stated != counted:
-            text = f"{pointer} says {stated['accuracy']}, its verdicts count {counted['accuracy']}"
-            return broken("printed", file, text, "restore both with git checkout, or run dvc repro")
+        for text, now, wanted in (
+            (f"epsilon is {metrics['epsilon']}, params.yaml says", metrics["epsilon"], spec.epsilon),
+            (f"attack_seed is {metrics['attack_seed']}, params.yaml says", metrics["attack_seed"], spec.seed),
+            (f"{pointer} says {stated['accuracy']}, its verdicts count", stated, counted),
+        ):
+            if now != wanted:
+                value = wanted["accuracy"] if wanted is counted else wanted
+                advice = "restore both with git checkout, or run dvc repro"
+                return broken("printed", file, f"{text} {value}", advice)
         text = f"{pointer} = {stated['accuracy']}, as {counted['robust']} of {counted['n']} verdicts"
         return good("printed", file, text)
 
