@@ -8,11 +8,11 @@ from dynat.runtime.closure import meaning, tree_text
 
 
 class Unit(NamedTuple):
-    """A function, or what a name is bound to when its module is imported."""
+    """A function, or a statement that is executed when its module is imported."""
 
     text: str  # its syntax tree
     lines: range  # of a function
-    names: frozenset[str]  # that a function mentions; that an import binds, with a dot if in a class
+    names: frozenset[str]  # that a function mentions; to which a statement gives a value
 
 
 def unproved(
@@ -24,16 +24,17 @@ def unproved(
     its place stand the functions that mention such a name. A new function is judged by those that call it.
     """
     old, new = _units(before), _units(after)
-    changed = [
-        key for key in {*old, *new} if not (key in old and key in new and old[key].text == new[key].text)
-    ]
+    texts = [{key: unit.text for key, unit in units.items()} for units in (old, new)]
+    changed = {key for key, _ in texts[0].items() ^ texts[1].items()}
     units = [units[key] for key in changed for units in (old, new) if key in units]
     bound = {name for unit in units if not unit.lines for name in unit.names}
-    touched = [
-        key for key in {*old} & {*new} if new[key].lines and (key in changed or new[key].names & bound)
-    ]
-    idle = [key for key in touched if not executed.get(key[0], set()) & {*new[key].lines}]
-    return sorted(f"{module}: {function}" for module, function in idle)
+    return sorted(
+        f"{module}: {name}"
+        for (module, name), unit in new.items()
+        if unit.lines and (module, name) in old
+        if (module, name) in changed or unit.names & bound
+        if not executed.get(module, set()) & {*unit.lines}
+    )
 
 
 def _units(sources: Mapping[str, str]) -> dict[tuple[str, str], Unit]:
@@ -50,32 +51,26 @@ def _walk(body: list[ast.stmt], scope: str) -> Iterator[tuple[str, Unit]]:
             lines = range(node.lineno, (node.end_lineno or node.lineno) + 1)
             yield f"{scope}{node.name}", Unit(tree_text(node), lines, frozenset(_mentioned(node)))
         elif isinstance(node, ast.ClassDef):
-            head = [*node.bases, *node.keywords, *node.decorator_list]
-            yield f"{scope}{node.name} =", Unit(tree_text(head), range(0), frozenset([node.name]))
+            head = tree_text([*node.bases, *node.keywords, *node.decorator_list])
+            yield f"{scope}{node.name} =", Unit(head, range(0), frozenset([node.name]))
             yield from _walk(node.body, f"{scope}{node.name}.")
+        elif isinstance(node, ast.Import | ast.ImportFrom):
+            for alias in node.names:
+                text = f"from {getattr(node, 'module', '')} import {ast.unparse(alias)}"
+                name = alias.asname or alias.name.partition(".")[0]
+                yield f"{scope}{text}", Unit(text, range(0), frozenset([name]))
         else:
-            for name, text in _bound(node):
-                names = frozenset([f".{name}" if scope else name])
-                yield f"{scope}{name} =", Unit(text, range(0), names)
-
-
-def _bound(node: ast.stmt) -> Iterator[tuple[str, str]]:
-    """Names that a statement gives a value to at import, and what it says of them."""
-    if isinstance(node, ast.Import | ast.ImportFrom):
-        origin = getattr(node, "module", "")
-        for alias in node.names:
-            yield alias.asname or alias.name.partition(".")[0], f"{origin} {tree_text(alias)}"
-    for each in ast.walk(node):
-        if isinstance(each, ast.Name) and isinstance(each.ctx, ast.Store):
-            yield each.id, tree_text(node)
+            each = [name for name in ast.walk(node) if isinstance(name, ast.Name)]
+            stored = frozenset(name.id for name in each if isinstance(name.ctx, ast.Store))
+            yield f"{scope}{tree_text(node)}", Unit(tree_text(node), range(0), stored)
 
 
 def _mentioned(node: ast.AST) -> Iterator[str]:
-    """Names that a function reads; with a dot before them what may be the field of a class."""
+    """Names, attributes and arguments' names in a function."""
     for each in ast.walk(node):
         if isinstance(each, ast.Name):
             yield each.id
         elif isinstance(each, ast.Attribute):
-            yield from (each.attr, f".{each.attr}")
+            yield each.attr
         elif isinstance(each, ast.keyword) and each.arg:
-            yield f".{each.arg}"
+            yield each.arg
