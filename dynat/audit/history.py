@@ -38,16 +38,16 @@ def commits(lineage: Lineage, stages: Iterable[str]) -> list[Link]:
         found |= dict.fromkeys(waiting, commit)
         if not waiting:
             break
-    links = []
-    if waiting and _git(root, "rev-parse", "--is-shallow-repository") == b"true\n":
-        text = f"this clone's history is cut before the entries of {some(sorted(waiting))} appeared"
-        links.append(absent("commit", LOCK, text, "run git fetch --unshallow"))
-        found = {name: commit for name, commit in found.items() if name not in waiting}
+    cut = waiting if _git(root, "rev-parse", "--is-shallow-repository") == b"true\n" else set()
     brought: dict[str, list[str]] = defaultdict(list)
-    for name in (name for name in wanted if name in found):
-        brought[found[name]].append(name)
-    links += [_clean(lineage, commit, names) for commit, names in brought.items()]
-    apart = {name: entry for name, entry in wanted.items() if name not in {*found, *waiting}}
+    for name in wanted:
+        if name in found and name not in cut:
+            brought[found[name]].append(name)
+    links = [_clean(lineage, commit, names) for commit, names in brought.items()]
+    if cut:
+        text = f"this clone's history is cut before the entries of {some(sorted(cut))} appeared"
+        links.append(absent("commit", LOCK, text, "run git fetch --unshallow"))
+    apart = {name: wanted[name] for name in wanted if name not in {*found, *cut}}
     return [*links, *_uncommitted(lineage, apart)]
 
 

@@ -19,33 +19,30 @@ NUMBER = r"[-+]?\d+(?:\.\d+)?"
 
 def stages_behind(printed: Printed, lineage: Lineage, key: str) -> tuple[list[str], list[Link]]:
     """The stages behind a cell, the first to run first, and a broken link for each source without one."""
-    chain: dict[str, None] = {}
-    missing = []
+    chain, missing = list[str](), []
     try:
         for file in (source[name] for source in printed.sources(key) for name in ("file", "verdicts")):
             if file in lineage.producers:
-                chain |= dict.fromkeys(lineage.chain(lineage.producers[file]))
+                chain += lineage.chain(lineage.producers[file])
             else:
                 missing.append(broken("chain", file, "no stage of dvc.yaml writes it", "run dvc repro"))
     except (KeyError, TypeError):
         missing.append(broken("printed", key, "its sources are not as tabulate writes them", "run dvc repro"))
-    return [*chain, "tabulate"], missing
+    return [*dict.fromkeys(chain), "tabulate"], missing
 
 
 def select(printed: Printed, lineage: Lineage, wanted: str) -> list[str]:
     """The cells that are, print or come from ``wanted``; :class:`UserError` if there is none."""
-    if wanted in printed.cells:
-        return [wanted]
-    if below := [key for key in printed.cells if key.startswith(f"{wanted.rstrip('/')}/")]:
-        return below
     path = os.path.relpath(wanted) if os.path.isabs(wanted) else os.path.normpath(wanted)
-    keys = [key for key, cell in printed.cells.items() if _prints(cell, path, wanted)]
-    if not keys and (stages := lineage.behind(path)):
-        keys = [key for key in printed.cells if stages & {*stages_behind(printed, lineage, key)[0]}]
-        if path.startswith("metrics/tables/"):
-            print(f"{path} prints no number of ours; the cells of the stage that wrote it:", file=sys.stderr)
+    within = [key for key in printed.cells if f"{key}/".startswith(f"{wanted.rstrip('/')}/")]
+    if keys := within or [key for key, cell in printed.cells.items() if _prints(cell, path, wanted)]:
+        return keys
+    stages = lineage.behind(path)
+    keys = [key for key in printed.cells if stages & {*stages_behind(printed, lineage, key)[0]}]
     if not keys:
         raise UserError(f"{wanted}: {_published(printed, wanted) or _near(printed, wanted)}")
+    if path.startswith("metrics/tables/"):
+        print(f"{path} prints no number of ours; the cells of the stage that wrote it:", file=sys.stderr)
     return keys
 
 
@@ -69,8 +66,7 @@ def _published(printed: Printed, wanted: str) -> str | None:
 
 def _near(printed: Printed, wanted: str) -> str:
     """A hint at a slip."""
-    runs = {key.rpartition("/")[0] for key in printed.cells}
-    known = {key.lower(): key for key in (*printed.cells, *runs)}
+    known = {key.lower(): key for cell in printed.cells for key in (cell, cell.rpartition("/")[0])}
     near = difflib.get_close_matches(wanted.lower(), known, 1, 0.8)
     hint = f"did you mean {known[near[0]]}?" if near else f"{CELLS} has all {len(printed.cells)}"
     return f"no such cell, file or number; {hint}"
