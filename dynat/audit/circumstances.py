@@ -42,7 +42,7 @@ def circumstances(root: Path, stage: str, run: str, model_sha256: str, code: str
                 return [broken("circumstances", name, fault, RERUN)]
         return [_described(name, record, logged is not None), *_accepted(name, record, code)]
     except (UserError, AttributeError, KeyError, TypeError, ValueError) as error:
-        return [broken("circumstances", name, f"not as the stages write it ({error!r})", RERUN)]
+        return [broken("circumstances", name, f"not as the stages write it ({error})", RERUN)]
 
 
 def _mlflow(root: Path, run_id: str) -> tuple[str, str | None] | None:
