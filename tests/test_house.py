@@ -108,7 +108,7 @@ def test_there_is_one_reader_of_yaml_no_daemon_and_no_markup_in_python() -> None
     readers = [
         name for name, text in sources.items() if re.search(r"^ *(import|from) (ruamel\.)?yaml\b", text, re.M)
     ]
-    assert readers == ["dynat/config/yaml.py"]
+    assert readers == ["dynat/config/yaml_files.py"]
     for name, text in sources.items():
         assert not re.search(r"start_new_session|os\.setsid|daemonize", text), name
         assert not re.search(r"</(a|p|td|th|tr|div|span|table|section|figure|svg|h\d|li)>", text), name

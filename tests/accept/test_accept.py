@@ -113,8 +113,8 @@ EDITS: dict[str, tuple[str, str, str, str]] = {
     ),
     "once instances are weighted": (
         OBJECTIVES,
-        "return raw * (count",
-        f"return raw {LAST_BIT} * (count",
+        "return raw * (",
+        f"return raw {LAST_BIT} * (",
         "epoch 1 from the stored weights, step 0",
     ),
 }
