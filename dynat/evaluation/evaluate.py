@@ -4,8 +4,7 @@ Under torchrun every process makes its share of the chunks; the first one alone 
 """
 
 import sys
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from importlib.metadata import version
 from pathlib import Path
@@ -24,10 +23,10 @@ from dynat.networks.weights import load_network, save_weights, trained_in
 from dynat.runtime import distributed
 from dynat.runtime import machine as environment
 from dynat.runtime.closure import code_key
-from dynat.runtime.files import sha256, write_json
+from dynat.runtime.files import digest, sha256, write_json
 from dynat.runtime.progress import counted
 from dynat.runtime.record import RunRecord
-from dynat.runtime.resume import ResumeStore, graceful_stop, resume_key
+from dynat.runtime.resume import ResumeStore, graceful_stop
 from dynat.runtime.stage import INTERRUPTED, Run
 from dynat.runtime.tracking import Tracker
 
@@ -92,7 +91,7 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
     """
     device = environment.device_of(run.study.machine)
     networks = trained_networks(run, kind, spec, device)
-    key = resume_key(
+    key = digest(
         {
             kind: spec.model_dump_json(exclude={"n", "workers"}),  # chunks are good for any of them
             "data": sha256(networks.data),
@@ -102,16 +101,22 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
             **environment.fingerprint(device),
         }
     )
-    with _store_of_all(key, device) as store, graceful_stop() as stop:
+    distributed.join(device)
+    with ResumeStore(key) as store, graceful_stop() as stop_requested:
         flag = store.folder / STOP
+        if distributed.rank() == 0:
+            flag.unlink(missing_ok=True)
+        distributed.anyone(False)  # the others begin when the file of an earlier start is gone
 
         def stopped() -> bool:
             """Whether this process or, by the file, another one has been asked to leave."""
-            if stop.requested and distributed.size() > 1:
+            if distributed.size() == 1:
+                return stop_requested()
+            if stop_requested():
                 flag.touch()
-            return stop.requested or (distributed.size() > 1 and flag.exists())
+            return flag.exists()
 
-        chunks = Chunks(store.load_chunk, store.save_chunk, stopped, shared=True)
+        chunks = Chunks(store.load, store.save, stopped, shared=True)
         try:
             if distributed.rank() == 0:
                 _evaluate_and_write(run, kind, spec, record, store, networks, chunks, evaluate)
@@ -157,7 +162,7 @@ def _evaluate_and_write(
         header["trained_in"] = trained_in(weights)
         accuracies = write_evaluation(run, kind, header, evaluation)
         checked = {} if evaluation.sanity is None else {"failed_checks": len(evaluation.warnings)}
-        tracker.metrics(0, {**accuracies, **checked})
+        tracker.metrics({**accuracies, **checked})
         record.write(
             networks.images.device,
             processes=distributed.size(),
@@ -196,15 +201,3 @@ def write_evaluation(run: Run, kind: str, header: dict[str, Any], evaluation: Ev
     if evaluation.sanity is not None:
         write_json(run.path("metrics/sanity", ".json"), {**header, **evaluation.sanity})
     return {name: each["accuracy"] for name, each in (evaluation.union or accuracies["best"]).items()}
-
-
-@contextmanager
-def _store_of_all(key: str, device: torch.device) -> Iterator[ResumeStore]:
-    """The resume state ``key``, which the first process holds and the others read and add to."""
-    with ResumeStore(key) if distributed.rank() == 0 else nullcontext() as held:
-        if held:
-            (held.folder / STOP).unlink(missing_ok=True)
-        distributed.join(device)  # the others begin when the store is known to be this run's own
-        name = distributed.from_first({"key": held.folder.name} if held else None)
-        assert name is not None
-        yield held or ResumeStore(name["key"])

@@ -15,8 +15,7 @@ from dynat.methods.training import Training
 from dynat.networks.architectures import build
 from dynat.runtime import distributed, machine
 from dynat.runtime.closure import code_key
-from dynat.runtime.files import sha256
-from dynat.runtime.resume import resume_key
+from dynat.runtime.files import digest, sha256
 from dynat.runtime.stage import Run
 
 
@@ -39,7 +38,7 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
             networks[name], metadata[name] = _network(run, recipe, spec, data.train_images.shape[1])
             networks[name].to(device).to(memory_format=torch.channels_last)
     precision = machine.precision_of(study.train, device)
-    key = resume_key(
+    key = digest(
         {
             "recipe": recipe.model_dump_json(),
             "train": study.train.model_dump_json(),

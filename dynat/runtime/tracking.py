@@ -100,12 +100,13 @@ class Tracker:
             return
         self._start["token"] = token
         for row in history:
-            self.metrics(int(row["epoch"]), {name: value for name, value in row.items() if name != "epoch"})
+            self.metrics(row)
         self._thread.start()
 
-    def metrics(self, step: int, values: Mapping[str, float]) -> None:
-        """Log ``values`` at ``step``; in a continued run, steps that are already there are left alone."""
-        self._send(step=step, metrics=dict(values))
+    def metrics(self, row: Mapping[str, float]) -> None:
+        """Log ``row`` at its "epoch", else at step 0; in a continued run what is there is left alone."""
+        values = {name: value for name, value in row.items() if name != "epoch"}
+        self._send(step=int(row.get("epoch", 0)), metrics=values)
 
     def tags(self, values: Mapping[str, str]) -> None:
         """Set tags of the run."""

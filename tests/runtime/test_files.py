@@ -88,3 +88,14 @@ def test_no_number_is_published_that_is_not_one(tmp_path: Path, value: float) ->
 def test_csv_columns_come_in_order_of_appearance_and_numbers_to_the_last_bit(tmp_path: Path) -> None:
     files.write_csv(tmp_path / "a.csv", [{"epoch": 0, "lr": 0.1}, {"epoch": 1, "lr": 1 / 3, "guide": 2.5}])
     assert (tmp_path / "a.csv").read_bytes() == b"epoch,lr,guide\n0,0.1,\n1,0.3333333333333333,2.5\n"
+
+
+def test_a_digest_changes_with_every_part_and_not_with_their_order() -> None:
+    parts = {"params": "a", "data": "b", "code": "c"}
+    key = files.digest(parts)
+    assert files.digest(dict(reversed(parts.items()))) == key
+    others = [{**parts, name: "x"} for name in parts] + [
+        {"params": "a"},
+        {"params": "ab", "data": "", "code": "c"},
+    ]
+    assert len({key, *(files.digest(other) for other in others)}) == 6

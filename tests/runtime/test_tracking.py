@@ -33,7 +33,7 @@ experiment, name, steps, then = sys.argv[1:]
 tracker = Tracker(experiment, name, {"stage": "train"}, {})
 tracker.begin(name)
 for step in range(int(steps)):
-    tracker.metrics(step, {"loss": step / 8, "accuracy": float(step)})
+    tracker.metrics({"epoch": step, "loss": step / 8, "accuracy": float(step)})
 while then == "wait":
     print("going on", flush=True)
     time.sleep(0.2)
@@ -100,7 +100,7 @@ def track(status: str = "FINISHED", token: str = "token") -> str | None:
     tracker = Tracker("digits", "dynat-0", {"stage": "train"}, {"alpha": 1})
     tracker.begin(token)
     for row in SEVEN:
-        tracker.metrics(int(row["epoch"]), {"loss": row["loss"]})
+        tracker.metrics({"epoch": row["epoch"], "loss": row["loss"]})
     return tracker.finish(status)
 
 
@@ -123,8 +123,8 @@ def test_a_stage_is_a_run_with_params_tags_and_metrics(
     }
     tracker = Tracker("digits", "dynat-0", {"stage": "train"}, params)
     tracker.begin("token")
-    tracker.metrics(0, {"loss": 0.5})
-    tracker.metrics(1, {"loss": 1 / 3})
+    tracker.metrics({"loss": 0.5})
+    tracker.metrics({"epoch": 1, "loss": 1 / 3})
     tracker.tags({"model.sha256": "ab12"})
     run_id = tracker.finish()
     (run,) = runs("digits")
@@ -170,7 +170,7 @@ def test_a_killed_stage_goes_on_with_its_run_and_no_point_is_there_twice() -> No
     tracker = Tracker("digits", "token", {}, {})
     tracker.begin("token", SEVEN[:5])  # epochs 3 and 4 were in the resume state, but not yet in the store
     for row in SEVEN[5:]:
-        tracker.metrics(int(row["epoch"]), {"loss": row["loss"], "accuracy": row["accuracy"]})
+        tracker.metrics(row)
     run_id = tracker.finish()
     (run,) = runs("digits")
     assert (run.info.run_id, run.info.status) == (run_id, "FINISHED")
@@ -272,7 +272,7 @@ def test_a_store_that_recovers_gets_all_within_the_stage(
         tracker.begin("token", SEVEN[:3])
         assert eventually(lambda: tracker._warned)
     for row in SEVEN[3:]:
-        tracker.metrics(int(row["epoch"]), {"loss": row["loss"], "accuracy": row["accuracy"]})
+        tracker.metrics(row)
     run_id = tracker.finish()
     assert points(run_id, "loss") == [(row["epoch"], row["loss"]) for row in SEVEN]
     the_warning(capfd.readouterr().err)
@@ -372,7 +372,7 @@ def test_telling_takes_less_than_a_millisecond() -> None:
     times = []
     for step in range(50):
         began = time.perf_counter()
-        tracker.metrics(step, {f"metric{i}": 1 / 3 for i in range(20)})
+        tracker.metrics({"epoch": step, **{f"metric{i}": 1 / 3 for i in range(20)}})
         times.append(time.perf_counter() - began)
     assert sorted(times)[25] < 1e-3
     tracker.finish()
