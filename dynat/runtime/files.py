@@ -10,13 +10,14 @@ import io
 import json
 import math
 import os
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from dynat.errors import UserError
 
+Value = TypeVar("Value")
 ADVICE = {
     errno.ENOSPC: "free space on that disk and start again",
     errno.EDQUOT: "free some of your disk quota and start again",
@@ -24,6 +25,11 @@ ADVICE = {
     errno.EACCES: "give yourself write permission there, or work in another folder",
     errno.EPERM: "give yourself write permission there, or work in another folder",
 }
+
+
+def root() -> Path:
+    """The user's repository, also in DVC's temporary workspaces."""
+    return Path(os.environ.get("DVC_ROOT", "")).resolve()
 
 
 def write_atomically(path: Path, data: bytes) -> None:
@@ -49,28 +55,35 @@ def write_csv(path: Path, rows: list[dict[str, float]]) -> None:
     write_atomically(path, text.getvalue().encode())
 
 
-def read_json(root: Path, name: str) -> dict[str, Any] | None:
-    """The JSON object in ``root / name``, None if there is none; :class:`UserError` if it is broken."""
+def read(root: Path, name: str, parse: Callable[[str], Value]) -> Value | None:
+    """What ``parse`` makes of the text of ``root / name``, None if there is no such file.
+
+    Raises :class:`UserError` where it cannot be read, or ``parse`` finds it broken (a ``ValueError``).
+    """
     try:
-        value = json.loads((root / name).read_text(encoding="utf-8"))
+        return parse((root / name).read_text(encoding="utf-8"))
     except FileNotFoundError:
         return None
     except (OSError, ValueError) as error:
-        raise UserError(f"{name}: cannot be read ({error}); restore it or run dvc repro") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{name}: must hold a JSON object; restore it or run dvc repro")
-    return value
+        reason = " ".join(str(error).split())
+        raise UserError(f"{name}: cannot be read ({reason}); restore it or run dvc repro") from None
+
+
+def read_json(root: Path, name: str) -> dict[str, Any] | None:
+    """The JSON object in ``root / name``, None if there is none; :class:`UserError` if it is broken."""
+
+    def parse(text: str) -> dict[str, Any]:
+        value = json.loads(text)
+        if not isinstance(value, dict):
+            raise ValueError("it must hold a JSON object")
+        return value
+
+    return read(root, name, parse)
 
 
 def read_csv(root: Path, name: str) -> list[dict[str, str]]:
     """The rows of a CSV file, none if there is no such file."""
-    try:
-        with open(root / name, encoding="utf-8", newline="") as file:
-            return list(csv.DictReader(file))
-    except FileNotFoundError:
-        return []
-    except (OSError, ValueError) as error:
-        raise UserError(f"{name}: cannot be read ({error}); restore it or run dvc repro") from None
+    return read(root, name, lambda text: list(csv.DictReader(io.StringIO(text)))) or []
 
 
 def sha256(path: Path) -> str:

@@ -22,7 +22,7 @@ from filelock import FileLock, Timeout
 
 from dynat.errors import UserError
 from dynat.runtime import distributed
-from dynat.runtime.files import atomic, explained, write_atomically
+from dynat.runtime.files import atomic, explained, root, write_atomically
 
 DIGEST_BYTES = hashlib.sha256().digest_size
 LOCK_S = 1.0  # how long a lock is waited for: the workers of a process that was killed end a moment later
@@ -38,7 +38,6 @@ class ResumeStore:
     """
 
     def __init__(self, key: str) -> None:
-        self._root = Path(os.environ.get("DVC_ROOT", "")).resolve()
         self._key, self._number = key, 1
         self.token, self.resumed = uuid.uuid4().hex, 0
 
@@ -46,7 +45,7 @@ class ResumeStore:
     def folder(self) -> Path:
         """Where the state is."""
         name = self._key if self._number == 1 else f"{self._key}-{self._number}"
-        return self._root / ".dvc" / "tmp" / "dynat" / name
+        return root() / ".dvc" / "tmp" / "dynat" / name
 
     def __enter__(self) -> Self:
         if distributed.rank() == 0:
@@ -71,7 +70,7 @@ class ResumeStore:
             try:
                 self._lock.acquire(LOCK_S)
             except Timeout as error:
-                if Path.cwd().resolve() != self._root:
+                if Path.cwd().resolve() != root():
                     return False
                 pid = (self.folder / "token").read_text().rpartition(" ")[2]
                 message = f"this stage already runs as process {pid}; wait for it or stop it ({self.folder})"

@@ -1,8 +1,6 @@
 """What a stage tells its tracker is in MLflow once, whatever dies, and costs one line at most."""
 
-import gc
 import http.server
-import importlib
 import json
 import os
 import re
@@ -279,24 +277,17 @@ def test_a_store_that_recovers_gets_all_within_the_stage(
     assert not unlogged().exists()
 
 
-@pytest.mark.parametrize("status", ["FINISHED", "KILLED"])
 def test_a_store_that_hangs_is_not_waited_for(
-    status: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(tracking, "PATIENCE_S", 0.3)
-    monkeypatch.setattr(tracking, "HURRY_S", 0.3)
     go_on = threading.Event()
     monkeypatch.setattr(tracking, "_open_store", lambda experiment: go_on.wait())
     begun = time.monotonic()
-    assert track(status) is None
+    assert track() is None
     assert time.monotonic() - begun < 5
-    said = capfd.readouterr().err
-    if status == "FINISHED":
-        assert "does not answer" in the_warning(said)
-        assert (unlogged() / "token.json").exists()
-    else:  # its next start has the history
-        assert said == ""
-        assert not unlogged().exists()
+    assert "does not answer" in the_warning(capfd.readouterr().err)
+    assert (unlogged() / "token.json").exists()
     go_on.set()
 
 
@@ -376,22 +367,3 @@ def test_telling_takes_less_than_a_millisecond() -> None:
         times.append(time.perf_counter() - began)
     assert sorted(times)[25] < 1e-3
     tracker.finish()
-
-
-def test_the_import_of_mlflow_hides_pandas_from_its_own_thread_alone() -> None:
-    found: list[str] = []
-    hidden = {name: sys.modules.pop(name) for name in list(sys.modules) if name.split(".")[0] == "pandas"}
-    try:
-        with tracking._quick_import():
-            assert not gc.isenabled()
-            with pytest.raises(ModuleNotFoundError):
-                importlib.import_module("pandas")
-            finder = sys.meta_path[0]
-            other = threading.Thread(target=lambda: found.append(str(finder.find_spec("pandas", None))))
-            other.start()
-            other.join()
-    finally:
-        sys.modules.update(hidden)
-    assert found == ["None"]  # not hidden: the next finder is asked
-    assert gc.isenabled()
-    assert finder not in sys.meta_path
