@@ -27,7 +27,7 @@ from dynat.config.recipe import Recipe
 from dynat.methods.batches import Batch
 from dynat.methods.step import Engine
 from dynat.networks.architectures import build, multiply_adds
-from dynat.runtime.machine import fast_bf16
+from dynat.runtime.machine import precision_of
 
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]] = {
     # target, guide, image; both ResNet-18 with the strides that DYNAT's code gives its guide
@@ -51,9 +51,7 @@ def main() -> None:
     """Measure and print."""
     arguments = _arguments()
     device = torch.device(arguments.device)
-    precision = torch.bfloat16 if arguments.precision == "bf16" else torch.float32
-    if arguments.precision == "auto":
-        precision = torch.bfloat16 if fast_bf16(device) else torch.float32
+    precision = precision_of(arguments.precision, device)
     if arguments.threads:
         torch.set_num_threads(arguments.threads)
     _describe(device, precision, arguments)

@@ -37,7 +37,7 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
         if spec is not None:
             networks[name], metadata[name] = _network(run, recipe, spec, data.train_images.shape[1])
             networks[name].to(device).to(memory_format=torch.channels_last)
-    precision = machine.precision_of(study.train, device)
+    precision = machine.precision_of(study.train.precision, device)
     key = digest(
         {
             "recipe": recipe.model_dump_json(),

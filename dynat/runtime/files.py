@@ -21,9 +21,8 @@ Value = TypeVar("Value")
 ADVICE = {
     errno.ENOSPC: "free space on that disk and start again",
     errno.EDQUOT: "free some of your disk quota and start again",
-    errno.EROFS: "the file system is read-only; work in a folder that can be written",
+    errno.EROFS: "work in a folder that can be written",
     errno.EACCES: "give yourself write permission there, or work in another folder",
-    errno.EPERM: "give yourself write permission there, or work in another folder",
 }
 
 
@@ -66,7 +65,9 @@ def read(root: Path, name: str, parse: Callable[[str], Value]) -> Value | None:
         return None
     except (OSError, ValueError) as error:
         reason = " ".join(str(error).split())
-        raise UserError(f"{name}: cannot be read ({reason}); restore it or run dvc repro") from None
+        raise UserError(
+            f"{name}: cannot be read ({reason}); restore it with git checkout or run dvc repro"
+        ) from None
 
 
 def read_json(root: Path, name: str) -> dict[str, Any] | None:

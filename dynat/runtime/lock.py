@@ -8,34 +8,28 @@ from pathlib import Path
 from typing import Any
 
 from dynat.config.yaml_files import parse as parse_yaml
-from dynat.errors import UserError
+from dynat.runtime.files import read
 
 LOCK = "dvc.lock"
 
 
 def read_lock(root: Path) -> dict[str, Any]:
     """Stage name -> entry of ``dvc.lock``; empty if nothing was run, :class:`UserError` if it is broken."""
+    return read(root, LOCK, _parse) or {}
+
+
+def _parse(text: str) -> dict[str, Any]:
     try:
-        return parse_lock((root / LOCK).read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
-        reason = " ".join(str(error).split())[:150]
-        raise UserError(f"{LOCK}: cannot be read ({reason}); restore it with git checkout") from None
-
-
-def parse_lock(text: str) -> dict[str, Any]:
-    """The stages of a ``dvc.lock``."""
-    content = parse_yaml(text) or {}
-    stages = content.get("stages", {})
-    for name, entry in stages.items():
-        if not isinstance(name, str):
-            raise ValueError(f"the name of stage {name}")
-        for kind in ("deps", "outs"):
-            locked(entry, kind)
-        if not isinstance(locked_params(entry), dict):
-            raise ValueError(f"params of {name}")
-    return dict(stages)
+        stages = dict((parse_yaml(text) or {}).get("stages", {}))
+        for name, entry in stages.items():
+            if not isinstance(name, str):
+                raise TypeError(name)
+            for kind in ("deps", "outs"):
+                locked(entry, kind)
+            locked_params(entry)
+    except (TypeError, KeyError, AttributeError) as error:
+        raise ValueError(f"not as DVC writes it: {error!r}") from None
+    return stages
 
 
 def locked(entry: Mapping[str, Any], kind: str) -> dict[str, str]:

@@ -14,7 +14,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynat.config.params import Machine
-from dynat.config.recipe import Train
 from dynat.errors import UserError
 
 if TYPE_CHECKING:
@@ -53,9 +52,8 @@ def refuse_missing_device(key: str, machine: Machine) -> None:
     import torch
 
     if not torch.cuda.is_available():
-        raise UserError(
-            f"{key}: cuda, but there is no CUDA device here; -S {key}=cpu insists on a CPU, for days to weeks"
-        )
+        remedy = f"-S {key}=cpu insists on a CPU, for days to weeks; dvc checkout brings back earlier outputs"
+        raise UserError(f"{key}: cuda, but there is no CUDA device here; {remedy}")
 
 
 def device_of(machine: Machine) -> "torch.device":
@@ -63,24 +61,18 @@ def device_of(machine: Machine) -> "torch.device":
     import torch
 
     gc.enable()
-    if machine.device == "cuda" and not torch.cuda.is_available():
-        raise UserError(
-            "machine.device=cuda: no CUDA device is available; set machine.device=auto or cpu, and bring an "
-            "output that this stage had before back with dvc checkout"
-        )
+    refuse_missing_device("machine.device", machine)
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    if machine.instructions and torch.backends.cpu.get_cpu_capability() != machine.instructions.upper():
-        raise UserError(
-            f"machine.instructions={machine.instructions}: this CPU offers only "
-            f"{torch.backends.cpu.get_cpu_capability()}; set machine.instructions=null to run without the pin"
-        )
-    use_cuda = machine.device == "cuda" or (machine.device == "auto" and torch.cuda.is_available())
-    if use_cuda:
+    offered = torch.backends.cpu.get_cpu_capability()
+    if machine.instructions and offered != machine.instructions.upper():
+        asked = f"machine.instructions={machine.instructions}: this CPU offers only {offered}"
+        raise UserError(f"{asked}; set machine.instructions=null to run without the pin")
+    if machine.device != "cpu" and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)
         return torch.device("cuda", local)
@@ -92,47 +84,35 @@ def compiler(key: str, device: "torch.device") -> str:
 
     Raises :class:`UserError`, naming ``key``, if there is none or it would not find Python's headers.
     """
+    variable, usual = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
+    command = shlex.split(os.environ.get(variable) or usual)
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
         raise UserError(f"{key}: Python.h is not here; install Python's headers or set {key}=false")
-    variable, names = ("CC", ["gcc", "clang"]) if device.type == "cuda" else ("CXX", ["g++"])
-    if device.type == "cpu" and sys.platform == "darwin":
-        names = ["clang++"]
-    given = shlex.split(os.environ.get(variable, ""))
-    for command in [given] if given else [[name] for name in names]:
-        if shutil.which(command[0]):
-            version = subprocess.run([*command, "--version"], capture_output=True, text=True)
-            return version.stdout.partition("\n")[0]
-    raise UserError(
-        f"{key}: found no compiler {' or '.join(given[:1] or names)}; install one, name one in {variable}, "
-        f"or set {key}=false"
-    )
+    if not shutil.which(command[0]):
+        remedy = f"install one, name one in {variable}, or set {key}=false"
+        raise UserError(f"{key}: found no compiler {command[0]}; {remedy}")
+    version = subprocess.run([*command, "--version"], capture_output=True, text=True)
+    return version.stdout.partition("\n")[0]
 
 
-def precision_of(train: Train, device: "torch.device") -> "torch.dtype":
-    """The type of a training's matrix products there: ``auto`` is bfloat16 where the device is fast at it."""
-    import torch
-
-    bf16 = train.precision == "bf16" or (train.precision == "auto" and fast_bf16(device))
-    return torch.bfloat16 if bf16 else torch.float32
-
-
-def fast_bf16(device: "torch.device") -> bool:
-    """Whether bfloat16 matrix products are much faster than float32 there (tensor cores, AMX)."""
+def precision_of(precision: str, device: "torch.device") -> "torch.dtype":
+    """The type of a training's matrix products: "auto" is bf16 where tensor cores or AMX make it fast."""
     import torch
 
     if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.cpu._is_amx_tile_supported())
+        fast = torch.cuda.get_device_capability(device) >= (8, 0)
+    else:
+        fast = torch.cpu._is_amx_tile_supported()
+    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
 
 
 def fingerprint(device: "torch.device") -> dict[str, str]:
     """What a bit-exact continuation depends on beside code, data and parameters."""
     import torch
 
-    accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     return {
         "torch": torch.__version__,
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "threads": str(torch.get_num_threads()),
-        "accelerator": accelerator,
+        "accelerator": torch.cuda.get_device_name(device) if device.type == "cuda" else "none",
     }

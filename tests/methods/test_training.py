@@ -159,7 +159,7 @@ def test_a_training_in_another_precision_has_a_resume_state_of_its_own(
     monkeypatch.setattr(machine, "device_of", lambda spec: torch.device("cpu"))
     keys = {}
     for fast, name in ((False, "fp32"), (True, "bf16")):
-        monkeypatch.setattr(machine, "fast_bf16", lambda device, fast=fast: fast)
+        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
         run, _, keys[name] = set_up(Run("digits", "pgd_at", 0, params))
         assert run.precision == name
     assert keys["fp32"] != keys["bf16"]

@@ -13,7 +13,7 @@ from dynat.runtime.machine import compiler
 def test_without_the_compiler_of_the_device_a_compiled_training_is_refused_by_its_key(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    for name in ("clang", "clang++"):  # torch.compile takes these for CUDA, not for a CPU
+    for name in ("gcc", "clang++"):
         (tmp_path / name).write_text("#!/bin/sh\necho clang version 1\necho more\n")
         (tmp_path / name).chmod(0o755)
     monkeypatch.setenv("PATH", str(tmp_path))

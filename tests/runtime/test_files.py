@@ -36,7 +36,7 @@ def test_a_write_that_fails_halfway_leaves_the_old_file_and_nothing_else(tmp_pat
 
 @pytest.mark.parametrize(
     ("code", "advice"),
-    [(errno.ENOSPC, "free space"), (errno.EROFS, "read-only"), (errno.EACCES, "write permission")],
+    [(errno.ENOSPC, "free space"), (errno.EROFS, "can be written"), (errno.EACCES, "write permission")],
 )
 def test_a_full_or_closed_disk_is_one_line_with_the_path_and_what_to_do(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, code: int, advice: str

@@ -307,7 +307,7 @@ def test_a_full_or_read_only_disk_for_outputs_is_one_line_and_loses_no_epoch(
         assert stages.run("train", *CELL) == 2
         line = the_error(stages.said())
         assert str(Path("models", "mini")) in line
-        assert ("read-only" if options == "ro" else "free space on that disk") in line
+        assert ("Read-only" if options == "ro" else "free space on that disk") in line
         assert model(stages) == {}
         remount("size=20m,rw")
         assert stages.run("train", *CELL) == 0, stages.said()
