@@ -80,14 +80,9 @@ def _train(
         training.write(run.path("models"), metadata)
         model = sha256(run.path("models") / "target.safetensors")
         tracker.tags({"model.sha256": model})
-        record.write(
-            training.engine.device,
-            precision=training.precision,
-            processes=distributed.size(),
-            resumed=store.resumed,
-            model_sha256=model,
-            mlflow_run_id=tracker.finish(),
-        )
+        record.values["precision"] = training.precision
+        device = training.engine.device
+        record.write(device, distributed.size(), store.resumed, model, tracker.finish())
         store.clear()  # the very last: until then a kill costs no epoch
     return 0
 

@@ -86,8 +86,9 @@ def evaluate(
     warnings = ensemble.warnings + [warning for _, warned in parts for warning in warned]
     before, after = (found[name].robust.float().mean().item() for name in ("fab-t", "square"))
     if before - after > SQUARE_GAIN:
-        points = 100 * (before - after)
-        warnings.append(f"Square lowers the accuracy by {points:.2f} points: masked gradients?")
+        warnings.append(
+            f"Square lowers the accuracy by {100 * (before - after):.2f} points: masked gradients?"
+        )
     return found, list(dict.fromkeys(warnings))
 
 

@@ -17,7 +17,7 @@ Chunk = dict[str, Any]  # tensors, numbers, strings, lists and dicts of them
 Result = TypeVar("Result")
 
 
-class StoppedError(Exception):
+class StoppedError(BaseException):  # like KeyboardInterrupt no fault, so that MLflow has the run as killed
     """A signal asked to leave; the chunk at hand is lost, the finished ones are kept."""
 
 

@@ -30,7 +30,6 @@ from dynat.runtime.resume import ResumeStore, graceful_stop
 from dynat.runtime.stage import INTERRUPTED, Run
 from dynat.runtime.tracking import Tracker
 
-STOP = "stop"  # the file by which one of several processes makes the others leave with it
 Spec = TypeVar("Spec", Attack, AutoAttack)
 
 
@@ -103,15 +102,13 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
     )
     distributed.join(device)
     with ResumeStore(key) as store, graceful_stop() as stop_requested:
-        flag = store.folder / STOP
+        flag = store.folder / "stop"  # makes the other processes leave with the one that was asked to
         if distributed.rank() == 0:
             flag.unlink(missing_ok=True)
         distributed.anyone(False)  # the others begin when the file of an earlier start is gone
 
         def stopped() -> bool:
             """Whether this process or, by the file, another one has been asked to leave."""
-            if distributed.size() == 1:
-                return stop_requested()
             if stop_requested():
                 flag.touch()
             return flag.exists()
@@ -124,6 +121,8 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
                 evaluate(networks, spec, chunks)
                 distributed.leave()
         except StoppedError:
+            if distributed.rank() == 0:
+                print("stopped; the finished chunks are kept for the next run", file=sys.stderr)
             return INTERRUPTED
     return 0
 
@@ -142,38 +141,24 @@ def _evaluate_and_write(
     weights = networks.folder / "target.safetensors"
     sha = sha256(weights)
     tags = {"stage": kind, "model.sha256": sha}
-    tracker = Tracker(run.setting, f"{run.method}-{run.seed}", tags=tags, params=spec.model_dump())
-    with tracker:
-        try:
-            with counted(f"{run.setting} {run.method} {kind}", "chunk") as (count, expect):
+    with Tracker(run.setting, f"{run.method}-{run.seed}", tags, spec.model_dump()) as tracker:
+        with counted(f"{run.setting} {run.method} {kind}", "chunk") as (count, expect):
 
-                def notify(chunk: str) -> None:
-                    tracker.begin(store.token)  # not before: no process may be forked after it
-                    count(chunk)
+            def notify(chunk: str) -> None:
+                tracker.begin(store.token)  # not before: no process may be forked after it
+                count(chunk)
 
-                evaluation = evaluate(networks, spec, replace(chunks, notify=notify, expect=expect))
-        except StoppedError:
-            tracker.finish("KILLED")
-            print("stopped; the finished chunks are kept for the next run", file=sys.stderr)
-            raise
+            evaluation = evaluate(networks, spec, replace(chunks, notify=notify, expect=expect))
         distributed.leave()
         tracker.begin(store.token)
         header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": sha, **evaluation.header}
         header["trained_in"] = trained_in(weights)
         accuracies = write_evaluation(run, kind, header, evaluation)
-        checked = {} if evaluation.sanity is None else {"failed_checks": len(evaluation.warnings)}
-        tracker.metrics({**accuracies, **checked})
-        record.write(
-            networks.images.device,
-            processes=distributed.size(),
-            resumed=store.resumed,
-            model_sha256=sha,
-            mlflow_run_id=tracker.finish(),
-        )
+        tracker.metrics(accuracies)
+        record.write(networks.images.device, distributed.size(), store.resumed, sha, tracker.finish())
         store.clear()  # the very last: until then a kill costs no chunk
-    print("  ".join(f"{name} {value:.2f}" for name, value in accuracies.items()))
-    for warning in evaluation.warnings:
-        print(warning)
+    summary = "  ".join(f"{name} {value:.2f}" for name, value in accuracies.items())
+    print(summary, *evaluation.warnings, sep="\n")
 
 
 def write_evaluation(run: Run, kind: str, header: dict[str, Any], evaluation: Evaluation) -> dict[str, float]:
@@ -194,10 +179,12 @@ def write_evaluation(run: Run, kind: str, header: dict[str, Any], evaluation: Ev
             if name != "clean":
                 witness[f"{checkpoint}/{name}/indices"] = each.indices
                 witness[f"{checkpoint}/{name}/images"] = each.images
-    union = {"aa": evaluation.union} if evaluation.union else {}
     save_weights(run.path(f"metrics/{kind}", ".witness.safetensors"), witness, {})
     write_json(run.path(f"metrics/{kind}", ".verdicts.json"), verdicts)
-    write_json(run.path(f"metrics/{kind}", ".json"), {**header, **accuracies, **union})
+    write_json(
+        run.path(f"metrics/{kind}", ".json"),
+        header | accuracies | ({"aa": evaluation.union} if evaluation.union else {}),
+    )
     if evaluation.sanity is not None:
         write_json(run.path("metrics/sanity", ".json"), {**header, **evaluation.sanity})
     return {name: each["accuracy"] for name, each in (evaluation.union or accuracies["best"]).items()}

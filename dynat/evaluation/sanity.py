@@ -103,10 +103,8 @@ class _Target:
     def square(self) -> Tensor:
         """By the Square attack, which sees logits only."""
         epsilon, seed, device = self.spec.epsilon, self.spec.seed, self.images.device
-        package = SquareAttack(
-            self.network, n_queries=QUERIES, eps=epsilon, seed=seed, device=device, resc_schedule=False
-        )
-        attack = Square(package)
+        options = {"n_queries": QUERIES, "resc_schedule": False}
+        attack = Square(SquareAttack(self.network, eps=epsilon, seed=seed, device=device, **options))
         return self._against(lambda x, y, first: attacks.project(attack.perturb(x, y), x, epsilon))
 
     def transfer(self, guide: nn.Module) -> Tensor:

@@ -88,8 +88,7 @@ def _attack(
         for steps, adversarial, robust in trajectory:
             yield f"pgd{steps}", adversarial, robust
     if "cw" in attacks:
-        trajectory = pgd(network, x, y, start, spec, [spec.cw_steps], engine.margin, crafting)
-        yield "cw", *trajectory[-1][1:]
+        yield "cw", *pgd(network, x, y, start, spec, [spec.cw_steps], engine.margin, crafting)[-1][1:]
     if "apgd-ce" in attacks:
         adversarial = apgd(crafting, x, y, noise, spec)
         yield "apgd-ce", adversarial, predict(network, adversarial) == y

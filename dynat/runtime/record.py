@@ -33,12 +33,25 @@ class RunRecord:
             "code": code_key(stage),
         }
 
-    def write(self, device: "torch.device", **more: Any) -> None:
+    def write(
+        self,
+        device: "torch.device",
+        processes: int,
+        resumed: int,
+        model_sha256: str,
+        mlflow_run_id: str | None,
+    ) -> None:
         """Add hardware, versions and what else is known at the end, and write the file."""
-        seconds = round(time.monotonic() - self.clock, 2)
-        started = self.started.isoformat(timespec="seconds")
-        ran = {**self.values, "started": started, "seconds": seconds, **circumstances(device)}
-        write_json(self.path, ran | more)
+        self.values |= {
+            "started": self.started.isoformat(timespec="seconds"),
+            "seconds": round(time.monotonic() - self.clock, 2),
+            **circumstances(device),
+            "processes": processes,
+            "resumed": resumed,
+            "model_sha256": model_sha256,
+            "mlflow_run_id": mlflow_run_id,
+        }
+        write_json(self.path, self.values)
 
 
 def circumstances(device: "torch.device") -> dict[str, Any]:
