@@ -4,9 +4,9 @@
 is a line of JSON, ``{"arguments", "folder", "environment"}``, with three open files for standard input,
 output and error. The answer is the pid of the new process, which leads a session of its own, and when it has
 ended its exit code (negative: the signal). What runs in the fork is what ``python -m MODULE ARGUMENTS...``
-runs, in the folder and the environment of the request, with the code of this checkout. A request may also
-have ``"code"``, a folder with another version of the project, ``"largest_file"``, a size in bytes, and
-``"kill_at"``, the arguments of ``die_at``.
+runs, in the folder and the environment of the request. Its code is that of the folder, or where that has none
+of this checkout. A request may also have ``"code"``, a folder with other code, ``"largest_file"``, a size in
+bytes, and ``"kill_at"``, the arguments of ``die_at``.
 
 ``stand_in`` puts a ``python`` into a folder for the front of PATH, which hands ``-m stages.<stage>`` to the
 server and everything else to the interpreter: stages that DVC runs start at once, too.
@@ -31,6 +31,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[1]
+SOURCES: dict[str, bytes] = {}  # of what the server has imported
 WARM = ("mlflow.tracking", "pyautoattack", "sklearn.datasets", "matplotlib.figure", "dynat", "stages")
 
 
@@ -55,6 +56,7 @@ def import_everything() -> None:
 
 def serve(path: str) -> None:
     """Answer until standard input ends."""
+    SOURCES.update(sources(ROOT))
     import_everything()
     gc.collect()
     gc.freeze()  # forks share what they do not touch
@@ -109,14 +111,24 @@ def become(request: dict[str, Any], files: list[int]) -> None:
         die_at(*request["kill_at"])
     _, module, *arguments = request["arguments"]
     sys.argv = [module, *arguments]
-    if not request.get("code"):
-        del sys.modules[module]  # it is run, not imported
-    else:
-        for name in [name for name in sys.modules if name.split(".")[0] in ("dynat", "stages")]:
-            del sys.modules[name]
-        sys.path[0] = request["code"]
+    use(Path(request.get("code") or request["folder"]))
+    sys.modules.pop(module, None)  # it is run, not imported
     runpy.run_module(module, run_name="__main__", alter_sys=True)
     sys.exit(0)
+
+
+def use(code: Path) -> None:
+    """Forget what was imported if ``code`` has another version of the project."""
+    if (code / "dynat").is_dir() and sources(code) != SOURCES:
+        for name in [name for name in sys.modules if name.split(".")[0] in ("dynat", "stages")]:
+            del sys.modules[name]
+        sys.path[0] = str(code)
+
+
+def sources(folder: Path) -> dict[str, bytes]:
+    """The files of the project in ``folder``."""
+    paths = [path for name in ("dynat", "stages") for path in (folder / name).rglob("*") if path.is_file()]
+    return {str(p.relative_to(folder)): p.read_bytes() for p in paths if p.parent.name != "__pycache__"}
 
 
 def die_at(pattern: str, skip: int) -> None:
