@@ -44,14 +44,16 @@ def read(name: str) -> str:
 
 @pytest.mark.slow
 @pytest.mark.parametrize("section", sections())
-def test_everything_in_a_section_of_your_own_works_as_it_stands(tmp_path: Path, section: str) -> None:
+def test_everything_in_a_section_of_your_own_works_as_it_stands(
+    tmp_path: Path, quick_path: str, section: str
+) -> None:
     folder = copy(tmp_path / "repository")
     choose(folder, {"baselines": []})  # the section's own method is enough
     (folder / ".git/info").mkdir(exist_ok=True)  # which a clone has
     blocks = sections()[section]
     assert {"sh", "yaml"} <= {block.language for block in blocks}
     for block in blocks:
-        follow(block, folder, tmp_path)
+        follow(block, folder, tmp_path, quick_path)
         shrink(folder / "params.yaml")
     cells = json.loads((folder / "metrics/tables/cells.json").read_text(encoding="utf-8"))
     assert {f"{MADE[section]}/{attack}" for attack in ("clean", "pgd20", "cw", "aa")} <= cells.keys()
@@ -60,10 +62,10 @@ def test_everything_in_a_section_of_your_own_works_as_it_stands(tmp_path: Path, 
 MADE = {"A method": "digits/dynat_mart/0", "Data": "shapes/dynat/0", "A network": "digits/dynat/0"}
 
 
-def follow(block: Block, folder: Path, scratch: Path) -> None:
+def follow(block: Block, folder: Path, scratch: Path, path: str) -> None:
     """Do what a block says, as a reader would."""
     if block.language == "sh":
-        run(block.text, folder, scratch)
+        run(block.text, folder, scratch, path)
         return
     file, _, key = block.place.partition(" ")
     if block.language == "yaml":
@@ -77,8 +79,8 @@ def follow(block: Block, folder: Path, scratch: Path) -> None:
         (folder / file).write_text(block.text, encoding="utf-8")
 
 
-def run(commands: str, folder: Path, scratch: Path) -> None:
-    """Run shell commands with this interpreter's programs in place of those that ``uv run`` would find."""
+def run(commands: str, folder: Path, scratch: Path, path: str) -> None:
+    """Run shell commands with the programs of ``path`` in place of those that ``uv run`` would find."""
     uv = scratch / "bin/uv"
     if not uv.exists():
         uv.parent.mkdir()
@@ -87,11 +89,14 @@ def run(commands: str, folder: Path, scratch: Path) -> None:
     kept = {
         key: value for key, value in os.environ.items() if not key.startswith(("DVC_", "MLFLOW_", "PYTEST_"))
     }
-    path = os.pathsep.join([str(uv.parent), str(Path(sys.executable).parent), os.environ["PATH"]])
     result = subprocess.run(
         ["bash", "-euc", commands],
         cwd=folder,
-        env={**kept, "PATH": path, "PYTHONPATH": str(folder)},  # this copy, not what is installed
+        env={
+            **kept,
+            "PATH": f"{uv.parent}:{path}",
+            "PYTHONPATH": str(folder),
+        },  # this copy, not what is installed
         capture_output=True,
         text=True,
         timeout=900,
