@@ -16,11 +16,11 @@ TRAININGS = ("train_dynat@digits-dynat_awp-0", "train_baseline@digits-gairat-0")
 
 
 @pytest.fixture(scope="module")
-def recorded(finished_pipeline: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def recorded(finished_pipeline: Path, tmp_path_factory: pytest.TempPathFactory, quick_path: str) -> Path:
     """The finished pipeline and two trainings more: one perturbs weights, one weighs instances, later on."""
     folder = duplicate(finished_pipeline, tmp_path_factory.mktemp("accept") / "repository")
     choose(folder, {"baselines": ["pgd_at", "gairat"], "variants": ["dynat", "dynat_awp"], "seeds": [0]})
-    done = dvc(folder, "repro", *TRAININGS)
+    done = dvc(folder, "repro", *TRAININGS, PATH=quick_path)
     assert done.returncode == 0, done.stdout + done.stderr
     commit(folder, "two trainings more")
     return folder
@@ -66,7 +66,9 @@ def refused(folder: Path, *stages: str) -> str:
 # ------------------------------------------------------------------------------------------------ accepted
 
 
-def test_a_rewritten_loop_with_equal_bits_is_accepted_and_nothing_runs(repository: Path) -> None:
+def test_a_rewritten_loop_with_equal_bits_is_accepted_and_nothing_runs(
+    repository: Path, quick_path: str
+) -> None:
     edit(
         repository,
         ASCENT,
@@ -75,7 +77,7 @@ def test_a_rewritten_loop_with_equal_bits_is_accepted_and_nothing_runs(repositor
     )
     done = accept(repository)
     assert done.returncode == 0, done.stdout + done.stderr
-    again = dvc(repository, "repro", *TRAININGS, "tabulate")
+    again = dvc(repository, "repro", *TRAININGS, "tabulate", PATH=quick_path)
     assert again.returncode == 0, again.stdout + again.stderr
     assert not {name for name in stages_run(again) if "dynat-0" in name or "pgd_at-0" in name}
     commit(repository, "accepted")
