@@ -21,7 +21,7 @@ Change = Callable[[Path], None]
 
 CHANGES: list[tuple[Change, str]] = [
     (tampering.cut_metric, f"{ATTACK}.json: cannot be read"),
-    (tampering.table, "metrics/tables/digits.md: line"),
+    (tampering.table, "metrics/tables/digits.md: is not what the verdicts give"),
     (tampering.cells, "its text is '99.99 [99.9, 100.0]', the verdicts give"),
     (tampering.metric, "/best/pgd20/accuracy says"),
     (tampering.verdicts, f"{ATTACK}.verdicts.json is not what the stage wrote"),
@@ -80,7 +80,7 @@ def test_a_number_changed_in_what_dvc_compares_is_named_with_all(repository: Pat
     path = repository / "metrics/tables/summary/digits/pgd_at.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"aa": 99.0}, indent=1) + "\n")
     assert main(["--all"]) == 1
-    assert "metrics/tables/summary/digits/pgd_at.json: line" in capsys.readouterr().out
+    assert "metrics/tables/summary/digits/pgd_at.json: is not what the verdicts give" in capsys.readouterr().out
 
 
 def test_a_row_whose_stage_was_never_run_is_no_number(repository: Path, capsys: Capture) -> None:
