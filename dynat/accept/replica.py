@@ -33,7 +33,8 @@ def main() -> None:
         return trace
 
     tracking = sys.modules["dynat.runtime.tracking"] = MagicMock()  # no output's byte depends on it
-    tracking.Tracker.return_value.finish.return_value = None
+    tracker = tracking.Tracker.return_value
+    tracker.__enter__.return_value, tracker.finish.return_value = tracker, None
     sys.settrace(trace)
     values = {}
     for stage in request["stages"]:

@@ -44,7 +44,7 @@ def test_comments_docstrings_messages_and_layout_of_every_module_make_check_stal
 def test_a_constant_of_the_objectives_makes_the_trainings_stale_and_a_format_the_tables_alone(
     pipeline: Path,
 ) -> None:
-    edit(pipeline / "dynat/paper/tables.py", lambda text: text.replace("[{low:.1f}, ", "({low:.1f}, "))
+    edit(pipeline / "dynat/paper/cells.py", lambda text: text.replace("[{low:.1f}, ", "({low:.1f}, "))
     assert checked(pipeline) == {"tabulate"}
     edit(pipeline / "dynat/methods/objectives.py", lambda text: text.replace("1.0001 - ", "1.0002 - "))
     runs = [f"{name}-{seed}" for name in ("baseline@digits-pgd_at", "dynat@digits-dynat") for seed in (0, 1)]

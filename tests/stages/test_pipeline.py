@@ -87,7 +87,7 @@ def rows(folder: Path, query: str) -> list[tuple[Any, ...]]:
         ("variants=[dynatt]", "variants"),
         ("launch=pyton", "launch"),
         ("study.digits.train.epsilon=1.5", "study.digits.train.epsilon"),
-        ("study.digits.train.batch=5000", "study.digits.train.batch"),
+        ("study.digits.autoattack.n=[5000]", "study.digits.autoattack.n"),
     ],
 )
 def test_bad_input_is_one_line_that_names_the_key_and_nothing_is_overwritten(
