@@ -80,7 +80,9 @@ def test_a_number_changed_in_what_dvc_compares_is_named_with_all(repository: Pat
     path = repository / "metrics/tables/summary/digits/pgd_at.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"aa": 99.0}, indent=1) + "\n")
     assert main(["--all"]) == 1
-    assert "metrics/tables/summary/digits/pgd_at.json: is not what the verdicts give" in capsys.readouterr().out
+    assert (
+        "metrics/tables/summary/digits/pgd_at.json: is not what the verdicts give" in capsys.readouterr().out
+    )
 
 
 def test_a_row_whose_stage_was_never_run_is_no_number(repository: Path, capsys: Capture) -> None:
