@@ -218,10 +218,13 @@ def test_every_override_that_the_texts_recommend_works(tmp_path: Path) -> None:
     found = {
         (quoted or bare).rstrip(".,;:") for quoted, bare in re.findall(r"-S (?:'([^']+)'|([^\s)`']+))", texts)
     }
-    assert found - {"key=value"}
+    values: dict[str, list[str]] = {}  # by key
     for override in sorted(found - {"key=value"}):
         for sweep in get_hydra_sweeps({"params.yaml": [override]}):
-            path = tmp_path / "params.yaml"
-            path.write_bytes(FILE.read_bytes())
-            apply_overrides(path, sweep["params.yaml"])
-            assert load_yaml(path)["recipes"].keys() == load(path).recipes.keys(), "DVC reads what it wrote"
+            values.setdefault(override.partition("=")[0], []).extend(sweep["params.yaml"])
+    assert values
+    for together in itertools.zip_longest(*values.values()):  # each key's first, second, ...
+        path = tmp_path / "params.yaml"
+        path.write_bytes(FILE.read_bytes())
+        apply_overrides(path, [override for override in together if override])
+        assert load_yaml(path)["recipes"].keys() == load(path).recipes.keys(), "DVC reads what it wrote"

@@ -46,7 +46,7 @@ def test_a_killed_training_ends_with_the_same_bytes_and_loses_one_epoch_at_most(
     chance = random.Random(method)
     kills: list[dict[str, Any]] = [
         {"strike": after(chance.uniform(0, 0.5 * duration))},
-        {"kill_at": (r"/\.state.*\.tmp$", chance.randrange(2))},
+        {"kill_at": (r"\.pt\.\d+\.tmp$", chance.randrange(2))},
         {"kill_at": (r"/\.0\.partial(/.*)?$", chance.randrange(4))},
         {},
     ]
@@ -101,7 +101,7 @@ def test_a_killed_evaluation_ends_with_the_same_bytes_and_repeats_no_finished_ch
     write_params(trained.folder, autoattack__workers=workers)
     kills: list[dict[str, Any]] = [
         {"strike": after(chance.uniform(0.1, 0.4 * duration))},
-        {"kill_at": (r"/\.(apgd|fab|square).*\.tmp$", chance.randrange(2))},
+        {"kill_at": (r"\.pt\.\d+\.tmp$", chance.randrange(2))},
         {"kill_at": (rf"metrics/{stage}/mini/pgd_at/\.0\..*\.tmp$", chance.randrange(3))},
         {},
     ]
