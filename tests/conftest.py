@@ -70,7 +70,7 @@ MAY_SKIP = (  # why a test may be left out on some machine; any other reason fai
     "no CUDA device",
     "needs ../shared",
     "the transcription of the paper is not beside this repository",
-    "no C++ compiler",
+    r"torch.compile needs g\+\+ and Python.s headers, which are not here",
     "no Chromium",
     r"no Python \d\.\d+ on this machine",
     "only root can mount a small disk",
