@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import tarfile
 import zipfile
 from pathlib import Path
@@ -23,15 +24,37 @@ random = np.random.default_rng(0)
 
 def prepared(tmp_path: Path, **spec: Any) -> Arrays:
     destination = tmp_path / "prepared" / "data.safetensors"
-    prepare(DataSpec(**spec), destination)
+    prepare(DataSpec(**with_hash(spec)), destination)
     return load_file(destination)
+
+
+def with_hash(spec: dict[str, Any]) -> dict[str, Any]:
+    """The spec of a source, of an image folder with the hash of what lies in the mirror."""
+    path = Path(os.environ.get("DYNAT_DATA_MIRROR", ""), spec.get("archive", ""))
+    if spec["source"] == "image_folder" and path.exists():
+        spec = {"sha256": hash_of(path), **spec}
+    return spec
+
+
+def hash_of(path: Path) -> str:
+    """SHA-256 of a file, or of what ``sha256sum`` prints of a folder's files in the order of their names."""
+    if path.is_file():
+        return hashlib.sha256(path.read_bytes()).hexdigest()
+    names = sorted(each.relative_to(path).as_posix() for each in path.rglob("*") if each.is_file())
+    lines = [f"{hash_of(path / name)}  {name}\n" for name in names if "/." not in name]
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def as_set(images: np.ndarray[Any, Any], labels: np.ndarray[Any, Any]) -> set[tuple[bytes, int]]:
+    """Images with their labels, in no order."""
+    return {(image.tobytes(), int(label)) for image, label in zip(images, labels, strict=True)}
 
 
 def refused(tmp_path: Path, **spec: Any) -> str:
     """The error of ``prepare``, which must be one line and leave no file but those that lay there."""
     before = sorted(tmp_path.rglob("*"))
     with pytest.raises(UserError) as caught:
-        prepare(DataSpec(**spec), tmp_path / "prepared" / "data.safetensors")
+        prepare(DataSpec(**with_hash(spec)), tmp_path / "prepared" / "data.safetensors")
     assert sorted(tmp_path.rglob("*")) == before
     assert "\n" not in str(caught.value)
     return str(caught.value)
@@ -67,7 +90,7 @@ def encoded(pixels: np.ndarray[Any, Any], form: str = "PNG", mode: str | None = 
 
 
 def small_set(shape: tuple[int, ...] = (6, 5, 3)) -> tuple[Files, Arrays]:
-    """Files in scrambled order, and the arrays that they must become."""
+    """Files in scrambled order, and the arrays that they must become, in whatever order."""
     order = {
         "train": [("zebra", "00"), ("ant", "01"), ("ant", "02"), ("zebra", "02"), ("ant", "10")],
         "test": [("ant", "0"), ("zebra", "1")],

@@ -7,9 +7,10 @@ from functools import cache, partial
 from dynat.audit.circumstances import circumstances
 from dynat.audit.history import commits
 from dynat.audit.lineage import CODE, Lineage
-from dynat.audit.link import Audited, Link, absent, broken, one_line, some
+from dynat.audit.link import Audited, Link, absent, broken, good, one_line, some
 from dynat.audit.printed import Printed, Source, kind_and_run
 from dynat.audit.selection import stages_behind
+from dynat.data.download import verify
 from dynat.errors import UserError
 from dynat.runtime.files import read_json
 from dynat.runtime.lock import locked
@@ -26,10 +27,12 @@ def audit(printed: Printed, lineage: Lineage, keys: Iterable[str], whole: bool =
         idle = [stage for stage in lineage.stages if stage not in stages and lineage.never_run(stage)]
         stages |= dict.fromkeys(stage for stage in lineage.stages if stage not in idle)
     history, record = commits(lineage, stages), cache(partial(circumstances, printed.root))
+    archive = cache(partial(_archive, printed))
     found: Audited = {}
     for key, (chain, missing) in behind.items():
         links = [*printed.check(key), *missing]
         links += [link for stage in chain for link in lineage.check(stage)]
+        links += [link for name in chain if name.startswith("prepare@") for link in archive(name)]
         links += [] if whole else history
         for source in [] if missing else printed.sources(key):
             links += [link for at in _runs(printed, lineage, source) for link in record(*at)]
@@ -40,6 +43,21 @@ def audit(printed: Printed, lineage: Lineage, keys: Iterable[str], whole: bool =
         if idle:
             found[TABLES].append(absent("chain", "dvc.yaml", f"never run, and in no number: {some(idle)}"))
     return found
+
+
+def _archive(printed: Printed, stage: str) -> list[Link]:
+    """Whether the archive or folder that a ``prepare@<setting>`` read is still what params.yaml says."""
+    setting = stage.partition("@")[2]
+    study = printed.params.study.get(setting)
+    if study is None or (name := study.data.archive) is None:
+        return []
+    try:
+        if verify(study.data, f"study.{setting}.data"):
+            return [good("data", name, "at hand, with the hash that params.yaml says")]
+        return [absent("data", name, "not at hand; its hash is that of params.yaml in dvc.lock")]
+    except UserError as error:
+        advice = f"bring it back, or give its hash and run dvc repro {stage}"
+        return [broken("data", name, str(error), advice)]
 
 
 def _runs(printed: Printed, lineage: Lineage, source: Source) -> Iterator[tuple[str, str, str, str]]:

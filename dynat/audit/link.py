@@ -16,7 +16,7 @@ class Link:
     worth knowing.
     """
 
-    kind: str  # printed, tables, chain, commit, circumstances, accepted, evidence, replay
+    kind: str  # printed, tables, chain, data, commit, circumstances, accepted, evidence, replay
     subject: str  # what was looked at: a file, a stage
     state: State
     text: str

@@ -30,6 +30,7 @@ class DataSpec(Section):
     # name of a file (or folder), looked for in DYNAT_DATA_MIRROR first
     archive: Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")] | None = None
     md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
+    # of the archive; of a folder download.folder_hash; an image_folder must have it
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
     mirrors: list[str] = []  # base URLs, in order
     classes: Annotated[Count, Field(ge=2)]

@@ -17,6 +17,8 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 from tqdm import tqdm
 
+from dynat.config.params import DataSpec
+from dynat.data.archives import opened
 from dynat.errors import UserError
 from dynat.runtime.files import explained
 
@@ -30,16 +32,14 @@ def fetch(name: str, md5: str | None, sha256: str | None, mirrors: list[str], de
     """Find the archive ``name``, verify it and return its path.
 
     Looked for in the folder or below the URL of ``DYNAT_DATA_MIRROR`` (relative to the DVC repository), at
-    ``destination``, then below each of ``mirrors``. A folder's file is verified and used where it lies; a
-    folder of that name is returned as it is. A download is resumed by HTTP Range. Raises ``UserError`` if
-    no place has the archive, or if it differs from the hash (hexadecimal; without one nothing is downloaded).
+    ``destination``, then below each of ``mirrors``. A folder's file, or a folder of that name, is verified
+    and used where it lies. A download is resumed by HTTP Range. Raises ``UserError`` if no place has the
+    archive, or if it differs from the hash (hexadecimal; without one nothing is downloaded).
     """
     expected = {algorithm: digest for algorithm, digest in (("md5", md5), ("sha256", sha256)) if digest}
-    own, path, failures = os.environ.get(MIRROR, "").strip(), destination, list[str]()
+    own, path, failures = _own_mirror(), _local(name, destination), list[str]()
     if own.startswith(WEB):
         mirrors = [own, *mirrors]
-    elif own and (found := Path(os.environ.get("DVC_ROOT", ""), Path(own).expanduser(), name)).exists():
-        path = found
     if mirrors and not path.exists():
         if not expected:
             raise UserError(f"{name}: without md5 or sha256 it is not downloaded; give one, or set {MIRROR}")
@@ -48,23 +48,79 @@ def fetch(name: str, md5: str | None, sha256: str | None, mirrors: list[str], de
     if not path.exists():
         places = ", ".join([f"{MIRROR} ({own or 'unset'})", str(path), *failures])
         raise UserError(f"{name}: not found; looked in {places}; set {MIRROR} to a folder or URL with it")
-    if path.is_dir() and expected:
-        raise UserError(f"{path} is a folder, which has no {' or '.join(expected)}; set it to null")
     with explained(path):
         if mismatch := _mismatch(path, expected):
             raise UserError(f"{path}: {mismatch}; delete or replace it")
     return path
 
 
+def kept(name: str) -> Path:
+    """Where a download of the project goes: ``data/`` of the DVC repository, or of the current folder."""
+    return Path(os.environ.get("DVC_ROOT", ""), "data", name)
+
+
+def verify(spec: DataSpec, section: str) -> bool:
+    """Hold the archive of ``spec`` against its hash; False if it is not at hand, for nothing is downloaded.
+
+    Raises ``UserError``, which names ``section`` or its key, if it differs, and if an image folder has no
+    ``sha256``: other images must be another lineage. The message has the value to write.
+    """
+    if spec.archive is None:
+        return True
+    path = _local(spec.archive, kept(spec.archive))
+    if spec.source == "image_folder" and not spec.sha256:
+        there = (
+            f"sha256: {_hash(path, 'sha256')} is that of {path}" if path.exists() else f"{path} is not here"
+        )
+        raise UserError(f"{section}.sha256: needed, for other images are other results; {there}")
+    if not path.exists():
+        return False
+    try:
+        fetch(spec.archive, spec.md5, spec.sha256, [], path)
+    except UserError as error:
+        raise UserError(f"{section}.archive: {error}") from None
+    return True
+
+
+def folder_hash(folder: Path) -> str:
+    """SHA-256 of a folder: of a line "<SHA-256>  <name>" for each file but litter, by name."""
+    with opened(folder) as files:
+        lines = [f"{hashlib.sha256(files[name]()).hexdigest()}  {name}\n" for name in sorted(files)]
+    return hashlib.sha256("".join(lines).encode(errors="surrogateescape")).hexdigest()
+
+
+def _own_mirror() -> str:
+    return os.environ.get(MIRROR, "").strip()
+
+
+def _local(name: str, destination: Path) -> Path:
+    """Where the archive is, or where a download would bring it."""
+    own = Path(os.environ.get("DVC_ROOT", ""), Path(_own_mirror()).expanduser(), name)
+    return own if _own_mirror() and not _own_mirror().startswith(WEB) and own.exists() else destination
+
+
 def _mismatch(path: Path, expected: dict[str, str]) -> str | None:
     """The first hash that differs, with size and kind of the file."""
     for algorithm, wanted in expected.items():
-        with path.open("rb") as file:
-            page = "; looks like an HTML page" if HTML.match(file.peek(512)) else ""
-            digest = hashlib.file_digest(file, partial(hashlib.new, algorithm, usedforsecurity=False))
-        if (found := digest.hexdigest()) != wanted:
-            return f"expected {algorithm} {wanted}, found {found} ({path.stat().st_size} bytes{page})"
+        if (found := _hash(path, algorithm)) != wanted:
+            return f"expected {algorithm} {wanted}, found {found} ({_kind(path)})"
     return None
+
+
+def _kind(path: Path) -> str:
+    if path.is_dir():
+        return "a folder, which has a sha256 alone"
+    with path.open("rb") as file:
+        page = "; looks like an HTML page" if HTML.match(file.peek(512)) else ""
+    return f"{path.stat().st_size} bytes{page}"
+
+
+def _hash(path: Path, algorithm: str) -> str:
+    if path.is_dir():
+        return folder_hash(path)
+    with path.open("rb") as file:
+        new = partial(hashlib.new, algorithm, usedforsecurity=False)
+        return hashlib.file_digest(file, new).hexdigest()
 
 
 def _download(urls: list[str], destination: Path, expected: dict[str, str]) -> list[str]:

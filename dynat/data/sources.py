@@ -1,14 +1,15 @@
 """Sources of images -> one hashed, pickle-free file: embedded digits, CIFAR archives, image folders."""
 
+import hashlib
 import io
 import json
-import os
 import pickle
+import unicodedata
 from pathlib import Path, PurePosixPath
 from typing import Any, NamedTuple
 
 import numpy as np
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.numpy import save
 from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
@@ -16,12 +17,12 @@ from tqdm import tqdm
 
 from dynat.config.params import DataSpec
 from dynat.data.archives import Files, opened
-from dynat.data.download import fetch
+from dynat.data.download import fetch, kept, verify
 from dynat.errors import UserError
 from dynat.runtime.files import sha256, write_atomically
 
 DIGITS_TEST_SEED = 0  # the test split stays the same whatever split_seed is
-ORDER = {"digits": "scikit-learn index", "image_folder": "file stem, then class"}
+ORDER = {"digits": "scikit-learn index", "image_folder": "drawn from split_seed, every class in proportion"}
 
 
 class Dataset(NamedTuple):
@@ -31,29 +32,31 @@ class Dataset(NamedTuple):
     labels: np.ndarray  # int64 [N]
     classes: list[str]
     train: int  # images of the training set
+    notes: tuple[str, ...] = ()  # what must stand beside every number from them
 
 
 def prepare(spec: DataSpec, destination: Path, section: str = "data") -> dict[str, Any]:
     """Write the images that ``spec`` asks for to a safetensors file and return its description.
 
-    Tensors ``{train,validation,test}_images`` uint8 [N, C, H, W] and ``_labels`` int64 [N]; classes, order
-    and the archive's hash as JSON under the metadata key ``dynat``. Equal data give equal bytes. A download
-    is kept in ``data/`` of the DVC repository or, without DVC, of the current folder. Raises ``UserError``,
-    which names a key of ``spec`` within ``section``.
+    Tensors ``{train,validation,test}_images`` uint8 [N, C, H, W] and ``_labels`` int64 [N]; classes, order,
+    the archive's hash and notes, if there are any, as JSON under the metadata key ``dynat``. Equal data give
+    equal bytes. Raises ``UserError``, which names a key of ``spec`` within ``section``.
     """
     description: dict[str, Any] = {"source": spec.source, "archive": spec.archive, "sha256": None}
     if spec.archive is None:
         data = _digits(spec.test or 0, f"{section}.test")
     else:
-        kept = Path(os.environ.get("DVC_ROOT", ""), "data", spec.archive)
+        if spec.source == "image_folder" and not spec.sha256:
+            verify(spec, section)
         try:
-            archive = fetch(spec.archive, spec.md5, spec.sha256, spec.mirrors, kept)
+            archive = fetch(spec.archive, spec.md5, spec.sha256, spec.mirrors, kept(spec.archive))
             with opened(archive) as files:
                 data = _image_folder(files, spec) if spec.source == "image_folder" else _cifar(files, spec)
         except UserError as error:
             raise UserError(f"{section}.archive: {error}") from None
-        description["sha256"] = None if archive.is_dir() else sha256(archive)
+        description["sha256"] = spec.sha256 or sha256(archive)
     description |= {"order": ORDER.get(spec.source, "official index"), "classes": data.classes}
+    description |= {"notes": data.notes} if data.notes else {}
     if len(data.classes) != spec.classes:
         raise UserError(f"{section}.classes: {spec.classes}, but {spec.source} has {len(data.classes)}")
     train, test = np.split(np.arange(len(data.labels)), [data.train])
@@ -138,25 +141,60 @@ def _checked(name: str, batch: Any, key: str, classes: int) -> tuple[np.ndarray,
 
 
 def _image_folder(files: Files, spec: DataSpec) -> Dataset:
-    """``train/<class>/*.jpg|png`` and ``test/<class>/*``, ordered by file stem, then class."""
+    """``train/<class>/*.jpg|png`` and ``test/<class>/*``; the first n hold every class in proportion."""
     train, test = _images("train", files), _images("test", files)
-    classes = sorted({name.split("/")[1] for name in train})
-    if odd := {*classes} ^ {name.split("/")[1] for name in test}:
+    classes = sorted({*train.values()})
+    if odd := {*classes} ^ {*test.values()}:
         raise UserError(f"class {min(odd)!r} is not in both train and test")
-    train, test = train[: spec.train], test[: spec.test]
-    labels = [classes.index(name.split("/")[1]) for name in (*train, *test)]
-    return Dataset(_decoded([*train, *test], files), np.array(labels, np.int64), classes, len(train))
+    names, labels = list[str](), list[int]()
+    for images, count in ((train, spec.train), (test, spec.test)):
+        label = np.array([classes.index(name) for name in images.values()])
+        drawn = _mixed(label, spec.split_seed)[:count]
+        names += [[*images][index] for index in drawn]
+        labels += label[drawn].tolist()
+    pixels, trained = _decoded(names, files), min(len(train), spec.train or len(train))
+    return Dataset(pixels, np.array(labels), classes, trained, _repeated(pixels, labels, names, trained))
 
 
-def _images(split: str, files: Files) -> list[str]:
-    """The names of a split's images in their final order; hidden files are left."""
-    names = [name for name in files if name.startswith(f"{split}/") and "/." not in name]
-    for name in names:
+def _images(split: str, files: Files) -> dict[str, str]:
+    """Name -> class of a split's images, by file stem, then class; classes in one Unicode form."""
+    found = {}
+    for name in (name for name in files if name.startswith(f"{split}/")):
         if name.count("/") != 2 or not name.lower().endswith((".jpg", ".jpeg", ".png")):
             raise UserError(f"{name!r} is not {split}/<class>/<image>.jpg or .png")
-    if not names:
+        found[name] = unicodedata.normalize("NFC", name.split("/")[1])
+    if not found:
         raise UserError(f"no image {split}/<class>/*.jpg or .png at its top level")
-    return sorted(names, key=lambda name: (PurePosixPath(name).stem, name))
+    order = sorted(found, key=lambda name: (PurePosixPath(name).stem, found[name], name))
+    return {name: found[name] for name in order}
+
+
+def _mixed(labels: np.ndarray, seed: int) -> np.ndarray:
+    """An order of the samples in which the first n have every class in proportion, for every n.
+
+    Each class is shuffled and spread evenly over the whole; where classes begin is shuffled too.
+    """
+    draw, place = np.random.RandomState(seed), np.empty(len(labels))  # the stream of RandomState is frozen
+    classes = np.unique(labels)
+    for start, label in zip(draw.permutation(len(classes)), classes, strict=True):
+        count = int((labels == label).sum())
+        place[labels == label] = (draw.permutation(count) + (start + 0.5) / len(classes)) / count
+    return np.argsort(place, kind="stable")
+
+
+def _repeated(images: np.ndarray, labels: list[int], names: list[str], train: int) -> tuple[str, ...]:
+    """A sentence for images that stand in both splits, and one for those that stand in two classes."""
+    first: dict[bytes, int] = {}
+    found: dict[str, list[str]] = {"in train and again in test": [], "in two classes": []}
+    for index, image in enumerate(images):
+        before = first.setdefault(hashlib.sha256(image.tobytes()).digest(), index)
+        for where, holds in zip(
+            found, (before < train <= index, labels[before] != labels[index]), strict=True
+        ):
+            found[where] += [f"{names[before]} and {names[index]}"] if holds else []
+    return tuple(
+        f"{len(pairs)} images stand {where}, such as {pairs[0]}" for where, pairs in found.items() if pairs
+    )
 
 
 def _decoded(names: list[str], files: Files) -> np.ndarray:
@@ -167,11 +205,13 @@ def _decoded(names: list[str], files: Files) -> np.ndarray:
         content = files[name]()
         try:
             with Image.open(io.BytesIO(content), formats=("JPEG", "PNG")) as image:
-                kind, pixels[name] = f"{image.width}×{image.height} {image.mode}", np.asarray(image)
+                turned = ImageOps.exif_transpose(image)  # as people see it
+                kind, pixels[name] = f"{turned.width}×{turned.height} {turned.mode}", np.asarray(turned)
         except Exception as error:  # a damaged image raises nearly anything
-            raise UserError(f"{name}: not a readable JPEG or PNG ({type(error).__name__})") from error
+            why = type(error).__name__ if content else "it is empty"
+            raise UserError(f"{name}: not a readable JPEG or PNG ({why})") from error
         first = first or kind
-        if image.mode not in ("L", "RGB") or kind != first:
+        if turned.mode not in ("L", "RGB") or kind != first:
             raise UserError(
                 f"{name} is {kind}; all must be L or RGB (8 bits) and of one size, as {first} before"
             )

@@ -22,6 +22,7 @@ class Splits(NamedTuple):
     test_images: Tensor
     test_labels: Tensor
     classes: tuple[str, ...]  # names, by label
+    notes: tuple[str, ...] = ()  # what must stand beside every number from this data
 
 
 def load(path: Path, device: torch.device) -> Splits:
@@ -32,8 +33,9 @@ def load(path: Path, device: torch.device) -> Splits:
     try:
         with safe_open(path, "pt") as file:
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (not a mapping)
-            classes = tuple(json.loads((file.metadata() or {})["dynat"])["classes"])
-        data = Splits(**tensors, classes=classes)
+            description = json.loads((file.metadata() or {})["dynat"])
+        classes = tuple(description["classes"])
+        data = Splits(**tensors, classes=classes, notes=tuple(description.get("notes", ())))
     except FileNotFoundError as error:
         raise UserError(f"{path}: no such file; run the stage prepare") from error
     except (OSError, SafetensorError, ValueError, KeyError, TypeError) as error:

@@ -41,6 +41,7 @@ class TrainedNetworks:
     data: Path  # the file of the images
     images: Tensor  # uint8 [n,C,H,W], on the device
     labels: Tensor  # int64 [n]
+    notes: tuple[str, ...] = ()  # what must stand beside every number from them
 
     def load(self, name: str) -> tuple[nn.Module, int]:
         """The network of ``<name>.safetensors`` in eval mode, and its epoch."""
@@ -78,7 +79,7 @@ def trained_networks(run: Run, kind: str, spec: Attack | AutoAttack, device: tor
     if wanted > (available := len(test.test_images)):
         key = f"study.{run.setting}.{kind}.n"
         raise UserError(f"{key}: {wanted} is more than the {available} test images that there are")
-    networks = TrainedNetworks(run.path("models"), data, test.test_images, test.test_labels)
+    networks = TrainedNetworks(run.path("models"), data, test.test_images, test.test_labels, test.notes)
     networks.load("target")  # only to see that it can be
     return networks
 
@@ -153,6 +154,7 @@ def _evaluate_and_write(
         tracker.begin(store.token)
         header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": sha, **evaluation.header}
         header["trained_in"] = trained_in(weights)
+        header |= {"data_notes": networks.notes} if networks.notes else {}
         accuracies = write_evaluation(run, kind, header, evaluation)
         tracker.metrics(accuracies)
         record.write(networks.images.device, distributed.size(), store.resumed, sha, tracker.finish())

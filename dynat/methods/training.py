@@ -133,7 +133,7 @@ class Training:
         """
         patience = max(PATIENCE, math.ceil(PATIENT_SHARE * self.recipe.schedule.epochs))
         recent = [*self.progress.history, row][-patience:]
-        labels = self.data.train_labels[: len(self.data.test_images)]  # those of train_clean
+        labels = self.data.train_labels
         chance = 100 * int(labels.bincount().max()) / len(labels)
         if len(recent) == patience and all(each["train_clean"] <= chance for each in recent):
             raise DivergedError(

@@ -122,6 +122,7 @@ def _measure(
     if verdicts is None:
         raise UserError(f"{companion}: missing beside {file}; run dvc repro")
     caveats = [f"AutoAttack warned: {warning}" for warning in metrics.get("warnings", ())]
+    caveats += metrics.get("data_notes", ())
     caveats += [text for (key, value), text in CAVEATS.items() if metrics.get(key) == value]
     versions = [code.get(f"{stage}@{run[0]}-{run[1]}-{run[2]}", "") for stage in ("train", kind)]
     of_all = (tuple(caveats), *versions)

@@ -1,11 +1,13 @@
 """The audit on a real, small run: every link holds, and a word on the command line finds its cells."""
 
+import hashlib
 import json
 import os
 import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -15,6 +17,8 @@ from pipelines import GIT, ROOT, commit, dvc, git
 from tampering import ATTACK, CELL
 
 from dynat.audit.__main__ import main
+from dynat.audit.checks import _archive as archive_links
+from dynat.config.params import DataSpec
 
 pytestmark = [
     pytest.mark.slow,
@@ -275,3 +279,28 @@ def test_audit_imports_neither_torch_nor_mlflow_nor_matplotlib() -> None:
     result = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True)
     assert result.returncode == 0, result.stderr
     assert " cells: " in result.stdout
+
+
+def test_own_data_at_hand_is_held_against_the_hash_in_the_parameters(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("DYNAT_DATA_MIRROR", str(tmp_path))
+    monkeypatch.delenv("DVC_ROOT", raising=False)
+    archive, content = tmp_path / "mine.zip", b"images"
+    spec = {"source": "image_folder", "classes": 2, "archive": "mine.zip"}
+    data = DataSpec(**spec, sha256=hashlib.sha256(content).hexdigest())
+    study = SimpleNamespace(params=SimpleNamespace(study={"mine": SimpleNamespace(data=data)}))
+
+    def state() -> str:
+        (link,) = archive_links(study, "prepare@mine")  # type: ignore[arg-type]
+        assert link.kind == "data"
+        return link.state
+
+    assert state() == "absent"
+    archive.write_bytes(content)
+    assert state() == "good"
+    archive.write_bytes(content + b" replaced")
+    assert state() == "broken"
+    archive.unlink()
+    (archive / "train").mkdir(parents=True)
+    assert state() == "broken"

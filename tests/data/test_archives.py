@@ -5,9 +5,8 @@ import struct
 import tarfile
 from pathlib import Path
 
-import numpy as np
 import pytest
-from source_helpers import FOLDER, as_tar, as_zip, prepared, random, refused, small_set
+from source_helpers import FOLDER, as_set, as_tar, as_zip, prepared, random, refused, small_set
 
 
 @pytest.fixture(autouse=True)
@@ -43,7 +42,9 @@ def test_members_outside_of_the_layout_are_never_read_or_written(tmp_path: Path,
     before = sorted(tmp_path.rglob("*"))
     for name in ("a.tar.gz", "a.zip"):
         found = prepared(tmp_path, **FOLDER, archive=name)
-        np.testing.assert_array_equal(found["train_images"], expected["train_images"])
+        assert as_set(found["train_images"], found["train_labels"]) == as_set(
+            expected["train_images"], expected["train_labels"]
+        )
         shutil.rmtree(tmp_path / "prepared")
         assert sorted(tmp_path.rglob("*")) == before
 
@@ -78,7 +79,7 @@ def test_link_within_the_archive_is_its_target(tmp_path: Path, mirror: Path) -> 
     files, expected = small_set()
     as_tar(mirror / "a.tar.gz", files, special("train/ant/99.png", tarfile.SYMTYPE, "01.png"))
     found = prepared(tmp_path, **FOLDER, archive="a.tar.gz")
-    np.testing.assert_array_equal(found["train_images"][-1], expected["train_images"][1])
+    assert (found["train_images"] == expected["train_images"][1]).all((1, 2, 3)).sum() == 2
 
 
 def test_member_that_claims_more_than_is_there_is_refused(tmp_path: Path, mirror: Path) -> None:

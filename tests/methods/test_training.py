@@ -13,7 +13,7 @@ from dynat.config.params import load, parse
 from dynat.config.recipe import Recipe, Train
 from dynat.data.sources import prepare
 from dynat.data.splits import Splits
-from dynat.errors import UserError
+from dynat.errors import DivergedError, UserError
 from dynat.methods.batches import Batch
 from dynat.methods.setup import set_up
 from dynat.methods.step import Engine, StepLosses
@@ -169,3 +169,16 @@ def test_a_crop_that_could_miss_the_image_is_refused_before_the_first_step() -> 
     wide = TRAIN.model_copy(update={"pad": 8})
     with pytest.raises(UserError, match=r"train\.pad: 8 must be below 8"):
         Training(training("pgd_at").engine, wide, data(), 0)
+
+
+def test_chance_is_that_of_all_training_labels_and_a_perfect_target_has_not_collapsed() -> None:
+    run = training("pgd_at")
+    labels = torch.tensor(
+        [0] * 25 + [1, 2, 3, 1, 2] * 5
+    )  # the first twenty, which train_clean sees, are of one
+    run.data = run.data._replace(train_labels=labels)
+    run.progress.history = [{"train_clean": 100.0}] * 12
+    run._refuse_collapse({"train_clean": 100.0})
+    run.progress.history = [{"train_clean": 50.0}] * 12
+    with pytest.raises(DivergedError, match=r"50\.00 % of a constant prediction"):
+        run._refuse_collapse({"train_clean": 50.0})

@@ -98,6 +98,13 @@ def test_an_average_is_marked_for_a_part_unlike_its_column(tmp_path: Path) -> No
     assert rows(text)["trades"]["All"].replace(".", "").isdigit()
 
 
+def test_what_the_data_file_notes_stands_beside_its_numbers(tmp_path: Path) -> None:
+    note = "3 images stand in train and again in test"
+    write(tmp_path, "pgd_at", COUNTS, attack={"data_notes": [note]})
+    text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
+    assert raised(text, note) in rows(text)["pgd_at"]["PGD-20"]
+
+
 def test_a_training_in_bf16_is_marked(tmp_path: Path) -> None:
     write(tmp_path, "pgd_at", COUNTS, attack={"trained_in": "bf16"})
     write(tmp_path, "trades", COUNTS, attack={"trained_in": "fp32"})
