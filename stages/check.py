@@ -9,9 +9,9 @@ from shutil import which
 
 from dynat.config.params import load
 from dynat.errors import UserError
+from dynat.methods.selection import refuse_setting
 from dynat.runtime.closure import as_text, closure_file, closures
 from dynat.runtime.files import write_atomically
-from dynat.runtime.machine import refuse_missing_device
 from dynat.runtime.stage import main
 
 
@@ -22,7 +22,7 @@ def stage() -> None:
     if which(program) is None:
         raise UserError(f"params.yaml: launch: {program!r} is not a program on this machine")
     for setting in params.settings:
-        refuse_missing_device(f"study.{setting}.machine.device", params.study[setting].machine)
+        refuse_setting(params, setting)
     for name, closure in closures().items():
         write_atomically(closure_file(name), as_text(closure).encode())
     write_atomically(Path("data/params.checked"), b"params.yaml is sound\n")

@@ -15,6 +15,7 @@ from dynat.config.recipe import Recipe, Train, rescale
 from dynat.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
+Layers = Annotated[Count, Field(le=1000)]
 OPTIONS = {
     "resnet": {"blocks", "strides", "width"},
     "preact_resnet": {"blocks", "strides", "width"},
@@ -32,7 +33,7 @@ class DataSpec(Section):
     md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
     # of the archive; of a folder download.folder_hash; an image_folder must have it
     sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    mirrors: list[str] = []  # base URLs, in order
+    mirrors: list[Annotated[str, Field(pattern=r"^https?://\S+$")]] = []  # base URLs, in order
     classes: Annotated[Count, Field(ge=2)]
     train: Count | None = None  # first n training images; null: all
     test: Count | None = None  # first n test images (digits: the size of the test split); null: all
@@ -55,10 +56,10 @@ class Network(Section):
     """A network of ``dynat.networks.architectures.build``; options of another family are refused."""
 
     name: Literal["resnet", "preact_resnet", "wrn", "cnn"]
-    blocks: list[Count] | None = None
+    blocks: list[Layers] | None = None
     strides: list[Count] | None = None
     width: Count | None = None
-    depth: Count | None = None
+    depth: Layers | None = None
     widen: Count | None = None
     sub_block1: bool | None = None
     stem_stride: Count | None = None
@@ -91,7 +92,7 @@ class AutoAttack(Section):
     n: Annotated[list[Count], Field(min_length=1)]
     batch: Count = 200  # also the size of a resumable chunk
     seed: Index = 0
-    workers: Count = 1  # processes on a CPU; no verdict depends on it
+    workers: Annotated[Count, Field(le=256)] = 1  # processes on a CPU; no verdict depends on it
     precision: Literal["fp32", "bf16"] = "fp32"  # bf16: crafted in bf16, every success verified in fp32
 
 
@@ -99,7 +100,7 @@ class Machine(Section):
     """Where a setting computes."""
 
     device: Literal["auto", "cpu", "cuda"] = "auto"
-    threads: Count | None = None  # null: as many as the machine offers
+    threads: Annotated[Count, Field(le=1024)] | None = None  # null: as many as the machine offers
     instructions: Literal["avx2"] | None = None  # pin the CPU's instruction set: same bits on any x86-64
 
 
@@ -116,12 +117,20 @@ class Study(Section):
 
     @model_validator(mode="after")
     def _fits_together(self) -> "Study":
-        for key, n in (("attack.n", self.attack.n or 0), ("autoattack.n", max(self.autoattack.n))):
-            if n > (self.data.test or n):
-                raise KeyedError(key, f"{n} is more than the {self.data.test} test images")
+        mean, std = self.train.mean, self.train.std
+        if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
+            raise KeyedError("train.std", "give mean and std together, each with one number per channel")
+        if self.data.test:
+            self.check_test_images(self.data.test)
         if self.train.compile and self.machine.instructions:
             raise KeyedError("train.compile", "true cannot keep bits; set machine.instructions=null with it")
         return self
+
+    def check_test_images(self, available: int) -> None:
+        """Raise :class:`KeyedError` if an evaluation wants more than the ``available`` test images."""
+        for key, n in (("attack.n", self.attack.n or 0), ("autoattack.n", max(self.autoattack.n))):
+            if n > available:
+                raise KeyedError(key, f"{n} is more than the {available} test images that there are")
 
 
 class Params(Section):

@@ -18,9 +18,11 @@ from tqdm import tqdm
 from dynat.config.params import DataSpec
 from dynat.data.archives import Files, opened
 from dynat.data.download import fetch, kept, verify
+from dynat.data.splits import Extent
 from dynat.errors import UserError
 from dynat.runtime.files import sha256, write_atomically
 
+CIFAR = (50_000, 10_000)  # images to train on and to test with, every class alike
 DIGITS_TEST_SEED = 0  # the test split stays the same whatever split_seed is
 ORDER = {"digits": "scikit-learn index", "image_folder": "drawn from split_seed, every class in proportion"}
 
@@ -57,21 +59,45 @@ def prepare(spec: DataSpec, destination: Path, section: str = "data") -> dict[st
         description["sha256"] = spec.sha256 or sha256(archive)
     description |= {"order": ORDER.get(spec.source, "official index"), "classes": data.classes}
     description |= {"notes": data.notes} if data.notes else {}
-    if len(data.classes) != spec.classes:
-        raise UserError(f"{section}.classes: {spec.classes}, but {spec.source} has {len(data.classes)}")
-    train, test = np.split(np.arange(len(data.labels)), [data.train])
-    for key, wanted, there in (("train", spec.train, len(train)), ("test", spec.test, len(test))):
-        if wanted is not None and wanted > there:
-            raise UserError(f"{section}.{key}: {wanted} is more than the {there} images that there are")
-    train = train[: spec.train]
-    rest, held_out = _split(data.labels[train], spec.validation, spec.split_seed, f"{section}.validation")
-    splits = {"train": train[rest], "validation": train[held_out], "test": test[: spec.test]}
+    splits = _splits(data.labels, data.train, len(data.classes), spec, section)
     tensors = {f"{split}_images": np.ascontiguousarray(data.images[index]) for split, index in splits.items()}
     tensors |= {f"{split}_labels": data.labels[index] for split, index in splits.items()}
     # one key only: safetensors writes several in an order that differs from process to process
     write_atomically(destination, save(tensors, {"dynat": json.dumps(description, sort_keys=True)}))
     counts = {split: len(index) for split, index in splits.items()}
     return description | counts | {"shape": list(data.images.shape[1:])}
+
+
+def extent(spec: DataSpec, section: str = "data") -> Extent | None:
+    """What ``prepare`` would make of ``spec``, as far as that is known before: None of own images.
+
+    Raises ``UserError`` as ``prepare`` would, for what no archive is needed for.
+    """
+    if spec.source == "image_folder":
+        return None
+    if spec.source == "digits":
+        data = _digits(spec.test or 0, f"{section}.test")
+        labels, train, classes, shape = data.labels, data.train, len(data.classes), (1, 8, 8)
+    else:
+        classes, shape = 10 if spec.source == "cifar10" else 100, (3, 32, 32)
+        labels, train = np.arange(sum(CIFAR)) % classes, CIFAR[0]
+    splits = _splits(labels, train, classes, spec, section)
+    return Extent(shape, len(splits["train"]), len(splits["test"]))
+
+
+def _splits(
+    labels: np.ndarray, train: int, classes: int, spec: DataSpec, section: str
+) -> dict[str, np.ndarray]:
+    """Indices of each split in the images of a source, the first ``train`` of which are for training."""
+    if classes != spec.classes:
+        raise UserError(f"{section}.classes: {spec.classes}, but {spec.source} has {classes}")
+    whole, test = np.split(np.arange(len(labels)), [train])
+    for key, wanted, there in (("train", spec.train, len(whole)), ("test", spec.test, len(test))):
+        if wanted is not None and wanted > there:
+            raise UserError(f"{section}.{key}: {wanted} is more than the {there} images that there are")
+    whole = whole[: spec.train]
+    rest, held_out = _split(labels[whole], spec.validation, spec.split_seed, f"{section}.validation")
+    return {"train": whole[rest], "validation": whole[held_out], "test": test[: spec.test]}
 
 
 def _split(labels: np.ndarray, count: int, seed: int, key: str) -> tuple[np.ndarray, np.ndarray]:

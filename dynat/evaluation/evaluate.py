@@ -13,6 +13,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dynat.config.fields import KeyedError
 from dynat.config.params import Attack, AutoAttack
 from dynat.data.splits import load
 from dynat.errors import UserError
@@ -68,17 +69,18 @@ class Evaluation:
 Evaluate = Callable[[TrainedNetworks, Spec, Chunks], Evaluation]
 
 
-def trained_networks(run: Run, kind: str, spec: Attack | AutoAttack, device: torch.device) -> TrainedNetworks:
+def trained_networks(run: Run, device: torch.device) -> TrainedNetworks:
     """The networks of ``run`` and the test images of its setting, on ``device``.
 
-    Raises :class:`UserError` if ``spec``, the section ``kind`` of the setting, wants more test images than
-    there are, or if the target is missing or damaged.
+    Raises :class:`UserError` if the setting wants more test images than there are, or if the target is
+    missing or damaged.
     """
     data = Path("data", f"{run.setting}.safetensors")
-    test, wanted = load(data, device), max(spec.n) if isinstance(spec, AutoAttack) else spec.n or 0
-    if wanted > (available := len(test.test_images)):
-        key = f"study.{run.setting}.{kind}.n"
-        raise UserError(f"{key}: {wanted} is more than the {available} test images that there are")
+    test = load(data, device)
+    try:
+        run.study.check_test_images(len(test.test_images))
+    except KeyedError as error:
+        raise UserError(f"study.{run.setting}.{error}") from None
     networks = TrainedNetworks(run.path("models"), data, test.test_images, test.test_labels, test.notes)
     networks.load("target")  # only to see that it can be
     return networks
@@ -89,8 +91,8 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
 
     Returns the exit status. Finished chunks are used again with the same code, data and weights only.
     """
-    device = environment.device_of(run.study.machine)
-    networks = trained_networks(run, kind, spec, device)
+    device = environment.device_of(run.study.machine, f"study.{run.setting}.machine")
+    networks = trained_networks(run, device)
     key = digest(
         {
             kind: spec.model_dump_json(exclude={"n", "workers"}),  # chunks are good for any of them

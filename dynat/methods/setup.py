@@ -1,15 +1,19 @@
-"""A training before its first step: data, networks, engine and the key of its resume state."""
+"""A training before its first step: whether it can be, data, networks, engine, the key of its resume state.
+
+What params.yaml and the machine tell is told by stage ``check``, with the same functions.
+"""
 
 import json
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
-from dynat.config.params import Network
+from dynat.config.params import Network, Study
 from dynat.config.recipe import Recipe
-from dynat.data.splits import load
+from dynat.data.splits import Extent, load
+from dynat.errors import UserError
 from dynat.methods.step import Engine
 from dynat.methods.training import Training
 from dynat.networks.architectures import build
@@ -18,6 +22,47 @@ from dynat.runtime.closure import code_key
 from dynat.runtime.files import digest, sha256
 from dynat.runtime.stage import Run
 
+BYTES = 3 * 4  # of a parameter while it is trained: itself, its gradient, its momentum
+
+
+def refuse_training(study: Study, recipe: Recipe, section: str, known: Extent | None, processes: int) -> None:
+    """Raise :class:`UserError`, naming a key of ``section``, for a training that cannot be.
+
+    ``known`` is the data, as far as it is known; each of ``processes`` takes its slice of a batch.
+    """
+    train, fewest = study.train, 2
+    if known is not None:
+        channels, side = known.shape[0], min(known.shape[1:])
+        last = known.train % train.batch or train.batch
+        fewest = last // processes
+        if train.batch > known.train:
+            text = f"{train.batch} is larger than the {known.train} training images"
+            raise UserError(f"{section}.train.batch: {text}")
+        if train.pad >= side:
+            raise UserError(f"{section}.train.pad: {train.pad} must be below {side}, the side of an image")
+        if not fewest:
+            few = f"an epoch's last batch has {last} images for {processes} processes"
+            raise UserError(f"{section}.train.batch: {few}; choose another batch size or fewer processes")
+        if train.mean and len(train.mean) != channels:
+            raise UserError(f"{section}.train.mean: must have {channels} numbers, one per channel")
+    shape = known.shape if known else (len(train.mean or "RGB"), 32, 32)
+    for name, spec in _networks(study, recipe).items():
+        key = f"{section}.{name}"
+        with torch.device("meta"):
+            try:
+                network, _ = _network(study, recipe, spec, shape[0])
+                if known is not None:
+                    _forward(network, torch.empty(fewest, *shape))
+            except (UserError, RuntimeError, ValueError, OverflowError, TypeError) as error:
+                why = " ".join(str(error).split())[:150]
+                of = f"batches of {fewest} images {shape}, as the last of an epoch" if known else "any images"
+                text = why if isinstance(error, UserError) else f"cannot be trained on {of}: {why}"
+                raise UserError(f"{key}: {text}") from None
+        needed = BYTES * sum(each.numel() for each in network.parameters())
+        if needed > (there := machine.memory_of(study.machine)):
+            text = f"needs {needed / 2**30:.0f} GiB for weights, gradients and momentum"
+            raise UserError(f"{key}: {text}, here are {there / 2**30:.0f} GiB; choose a smaller one")
+
 
 def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
     """The training before its first step, the metadata of its weights and its resume key.
@@ -25,18 +70,20 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
     Needs ``data/<setting>.safetensors``; :class:`UserError` if it is missing.
     """
     study, recipe = run.study, run.params.recipe(run.setting, run.method)
-    device = machine.device_of(study.machine)
-    compiled = study.train.compile and recipe.inner.mode == "eval" and recipe.inner.steps > 0
+    device = machine.device_of(study.machine, f"study.{run.setting}.machine")
+    compiled = is_compiled(study, recipe)
     compiler = machine.compiler(f"study.{run.setting}.train.compile", device) if compiled else "none"
     distributed.join(device)
     source = Path("data", f"{run.setting}.safetensors")
     data = load(source, device)
+    channels, height, width = data.train_images.shape[1:]
+    known = Extent((channels, height, width), len(data.train_images), len(data.test_images))
+    refuse_training(study, recipe, f"study.{run.setting}", known, distributed.size())
     torch.manual_seed(run.seed)
     networks, metadata = {}, {}
-    for name, spec in {"target": study.target, "guide": study.guide if recipe.needs_guide else None}.items():
-        if spec is not None:
-            networks[name], metadata[name] = _network(run, recipe, spec, data.train_images.shape[1])
-            networks[name].to(device).to(memory_format=torch.channels_last)
+    for name, spec in _networks(study, recipe).items():
+        networks[name], metadata[name] = _network(study, recipe, spec, channels)
+        networks[name].to(device).to(memory_format=torch.channels_last)
     precision = machine.precision_of(study.train.precision, device)
     key = digest(
         {
@@ -57,11 +104,39 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
     return Training(engine, study.train, data, run.seed), metadata, key
 
 
-def _network(run: Run, recipe: Recipe, spec: Network, channels: int) -> tuple[nn.Module, str]:
+def _forward(network: nn.Module, x: Tensor) -> None:
+    """Forward on the meta device up to the pooling; ``ValueError`` where batch norm has one value a channel.
+
+    Batch norm's own forward there, and the last layer's, import the compiler, which takes seconds.
+    """
+
+    def batch_norm(x: Tensor) -> Tensor:
+        if x.numel() // x.shape[1] < 2:
+            raise ValueError("batch norm needs more than one value per channel")
+        return x
+
+    for module in network.modules():
+        if isinstance(module, nn.BatchNorm2d):
+            module.forward = batch_norm  # type: ignore[method-assign, assignment]
+    for layer in network.children():
+        if isinstance(layer, nn.AdaptiveAvgPool2d):
+            break
+        x = layer(x)
+
+
+def is_compiled(study: Study, recipe: Recipe) -> bool:
+    """Whether ``torch.compile`` makes what the inner attack forwards."""
+    return study.train.compile and recipe.inner.mode == "eval" and recipe.inner.steps > 0
+
+
+def _networks(study: Study, recipe: Recipe) -> dict[str, Network]:
+    return {"target": study.target} | ({"guide": study.guide} if recipe.needs_guide else {})
+
+
+def _network(study: Study, recipe: Recipe, spec: Network, channels: int) -> tuple[nn.Module, str]:
     """A network of the study and the metadata that builds it again."""
-    options: dict[str, Any] = {"num_classes": run.study.data.classes, "in_channels": channels}
+    options: dict[str, Any] = {"num_classes": study.data.classes, "in_channels": channels}
     options |= spec.model_dump(exclude_none=True)
-    train = run.study.train
-    if recipe.normalise and (train.mean or train.std):
-        options |= {"mean": train.mean, "std": train.std}
+    if recipe.normalise and study.train.mean:
+        options |= {"mean": study.train.mean, "std": study.train.std}
     return build(**options), json.dumps(options, sort_keys=True)

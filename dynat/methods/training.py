@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from dynat.config.recipe import Train
 from dynat.data.splits import Splits, to_unit
-from dynat.errors import DivergedError, UserError
+from dynat.errors import DivergedError
 from dynat.methods import attacks
 from dynat.methods.batches import Batch, batches, generator
 from dynat.methods.step import Engine, StepLosses
@@ -39,21 +39,12 @@ class Progress:
 
 
 class Training:
-    """One training of a recipe on a data set, resumable; UserError if ``train`` asks for more than there is.
+    """One training of a recipe on a data set, resumable.
 
     ``networks`` are those that it trains, "target" and "guide"; ``precision`` is "fp32" or "bf16".
     """
 
     def __init__(self, engine: Engine, train: Train, data: Splits, seed: int) -> None:
-        available, side = len(data.train_images), min(data.train_images.shape[2:])
-        last = available % train.batch or train.batch
-        if train.batch > available:
-            raise UserError(f"train.batch: {train.batch} is larger than the {available} training images")
-        if train.pad >= side:
-            raise UserError(f"train.pad: {train.pad} must be below {side}, the side of an image")
-        if last < distributed.size():
-            few = f"an epoch's last batch has {last} images for {distributed.size()} processes"
-            raise UserError(f"train.batch: {few}; choose another batch size or fewer processes")
         self.engine, self.train, self.data, self.seed = engine, train, data, seed
         self.recipe, self.networks, self.progress = engine.recipe, engine.networks, Progress()
         self.precision = "fp32" if engine.precision == torch.float32 else "bf16"

@@ -8,6 +8,7 @@ order.
 """
 
 import os
+import re
 import time
 from collections.abc import Callable, Iterable, Sequence
 from datetime import timedelta
@@ -15,6 +16,8 @@ from datetime import timedelta
 import torch
 import torch.distributed as dist
 from torch import Tensor
+
+from dynat.errors import UserError
 
 # Shares of an evaluation differ by hours; if one process dies, torchrun ends all.
 PATIENCE = timedelta(days=1)
@@ -29,6 +32,19 @@ def size() -> int:
 def rank() -> int:
     """Which of them this one is; the first, 0, is the only one that writes."""
     return int(os.environ.get("RANK", "0")) if size() > 1 else 0
+
+
+def launched(launch: str) -> int:
+    """How many processes a ``launch`` of params.yaml starts, by torchrun's option for one machine.
+
+    Raises :class:`UserError` if it asks for one per GPU where there is none.
+    """
+    found = re.search(r"--nproc[-_]per[-_]node[= ](\S+)", launch)
+    if found is None or found[1].isdigit():
+        return int(found[1]) if found else 1
+    if found[1] == "gpu" and not torch.cuda.is_available():
+        raise UserError(f"launch: {found[0]}, but there is no CUDA device here; name a number, or python")
+    return max(1, torch.cuda.device_count() if found[1] != "cpu" else os.cpu_count() or 1)
 
 
 def join(device: torch.device) -> None:

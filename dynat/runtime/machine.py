@@ -45,33 +45,46 @@ def pin(machine: Machine) -> None:
     gc.disable()  # until device_of: importing torch leaves no garbage, but a sixth of its time is the search
 
 
-def refuse_missing_device(key: str, machine: Machine) -> None:
-    """Raise :class:`UserError`, naming ``key``, if ``machine`` asks for a CUDA device and there is none."""
-    if machine.device != "cuda":
-        return
+def refuse_unfit(key: str, machine: Machine) -> None:
+    """Raise :class:`UserError`, naming a key of ``key``, if ``machine`` asks for what this one has not."""
     import torch
 
-    if not torch.cuda.is_available():
-        remedy = f"-S {key}=cpu insists on a CPU, for days to weeks; dvc checkout brings back earlier outputs"
-        raise UserError(f"{key}: cuda, but there is no CUDA device here; {remedy}")
+    if machine.device == "cuda" and not torch.cuda.is_available():
+        remedy = f"-S {key}.device=cpu insists on a CPU, for days to weeks; dvc checkout brings back outputs"
+        raise UserError(f"{key}.device: cuda, but there is no CUDA device here; {remedy}")
+    offered = torch.backends.cpu.get_cpu_capability()
+    pinned = os.environ.get("ATEN_CPU_CAPABILITY") == PINNED["ATEN_CPU_CAPABILITY"]
+    if machine.instructions and (
+        offered == "DEFAULT" or (pinned and offered != machine.instructions.upper())
+    ):
+        asked = f"{key}.instructions: {machine.instructions}, but this CPU offers only {offered}"
+        raise UserError(f"{asked}; -S {key}.instructions=null runs without the pin")
 
 
-def device_of(machine: Machine) -> "torch.device":
-    """Apply threads and determinism to torch and return the device that the setting computes on."""
+def memory_of(machine: Machine) -> int:
+    """Bytes of the memory that ``machine`` trains in: the GPU's or, without one, the computer's."""
+    import torch
+
+    if machine.device != "cpu" and torch.cuda.is_available():
+        return int(torch.cuda.mem_get_info()[1])
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+
+
+def device_of(machine: Machine, key: str = "machine") -> "torch.device":
+    """Apply threads and determinism to torch and return the device that the setting computes on.
+
+    Raises :class:`UserError`, naming a key of ``key``, if ``machine`` asks for what this one has not.
+    """
     import torch
 
     gc.enable()
-    refuse_missing_device("machine.device", machine)
+    refuse_unfit(key, machine)
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
-    offered = torch.backends.cpu.get_cpu_capability()
-    if machine.instructions and offered != machine.instructions.upper():
-        asked = f"machine.instructions={machine.instructions}: this CPU offers only {offered}"
-        raise UserError(f"{asked}; set machine.instructions=null to run without the pin")
     if machine.device != "cpu" and torch.cuda.is_available():
         local = int(os.environ.get("LOCAL_RANK", "0"))
         torch.cuda.set_device(local)

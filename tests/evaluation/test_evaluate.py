@@ -32,11 +32,12 @@ def test_more_samples_than_test_images_are_refused_by_their_key(
     """As with an image folder, whose size params.yaml does not tell."""
     study = PARAMS.study["digits"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(environment, "device_of", lambda machine: torch.device("cpu"))
+    monkeypatch.setattr(environment, "device_of", lambda *machine: torch.device("cpu"))
     prepare(study.data, Path("data/digits.safetensors"), "study.digits.data")
-    run = Run("digits", "pgd_at", 0, PARAMS)
     more = {"attack": 401, "autoattack": [200, 401]}[kind]
     spec = getattr(study, kind).model_copy(update={"n": more})
+    larger = study.model_copy(update={kind: spec})
+    run = Run("digits", "pgd_at", 0, PARAMS.model_copy(update={"study": {"digits": larger}}))
     with pytest.raises(UserError, match=rf"^study\.digits\.{kind}\.n: 401 is more than the 400 test images"):
         run_evaluation(run, kind, spec, RunRecord(kind, run), never)
 

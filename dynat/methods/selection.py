@@ -1,0 +1,33 @@
+"""What params.yaml and this machine tell of the selected trainings before DVC removes any output."""
+
+import torch
+
+from dynat.config.fields import KeyedError
+from dynat.config.params import Params
+from dynat.data.download import verify
+from dynat.data.sources import extent
+from dynat.errors import UserError
+from dynat.methods.setup import is_compiled, refuse_training
+from dynat.runtime import distributed, machine
+
+
+def refuse_setting(params: Params, setting: str) -> None:
+    """Raise :class:`UserError`, naming a key as typed, for what cannot be run of a selected ``setting``.
+
+    Of own images only the stages know how many and how large they are.
+    """
+    study, section = params.study[setting], f"study.{setting}"
+    machine.refuse_unfit(f"{section}.machine", study.machine)
+    verify(study.data, f"{section}.data")
+    processes, known = distributed.launched(params.launch), extent(study.data, f"{section}.data")
+    if known is not None:
+        try:
+            study.check_test_images(known.test)
+        except KeyedError as error:
+            raise UserError(f"{section}.{error}") from None
+    for method in (*params.baselines, *params.variants):
+        recipe = params.recipe(setting, method)
+        if is_compiled(study, recipe):
+            cuda = study.machine.device != "cpu" and torch.cuda.is_available()
+            machine.compiler(f"{section}.train.compile", torch.device("cuda" if cuda else "cpu"))
+        refuse_training(study, recipe, section, known, processes)
