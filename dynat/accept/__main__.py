@@ -20,6 +20,7 @@ from dynat.config.params import load
 from dynat.errors import UserError
 from dynat.runtime.closure import code_key
 from dynat.runtime.files import read_json, write_json
+from dynat.runtime.stage import begin
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -30,6 +31,7 @@ def main(arguments: list[str] | None = None) -> int:
     wanted = parser.parse_args(arguments).stages
     root = Path()
     try:
+        begin()
         load()
         head = _committed(root)
         stale = select(Lineage(root), wanted)
@@ -37,9 +39,15 @@ def main(arguments: list[str] | None = None) -> int:
             print("no stage is stale because of its code: nothing to accept")
             return 0
         print(f"comparing {len(stale)} stages with the code that they ran with", flush=True)
-        _accept(root, stale, compare(root, stale), head)
+        compared = compare(root, stale)
     except UserError as error:
         print(f"refused, nothing touched: {error}", file=sys.stderr)
+        return 1
+    try:
+        _accept(root, stale, compared, head)
+    except UserError as error:
+        again = "git checkout dvc.lock metrics/code, mend that and start again"
+        print(f"proved, but not all is brought up to date: {error}; {again}", file=sys.stderr)
         return 1
     return 0
 

@@ -19,12 +19,14 @@ from dynat.audit.link import Audited, Link, sound
 from dynat.audit.printed import Printed
 from dynat.audit.selection import select
 from dynat.errors import UserError
+from dynat.runtime.stage import begin
 
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the audit; returns the exit status."""
     options, status = _options(arguments), 1  # the tables' index and the lock are links of every number
     try:
+        begin()
         printed, lineage = Printed(Path()), Lineage(Path())
         status, cells = 2, printed.cells
         keys = list(cells) if options.all else select(printed, lineage, options.number)
@@ -36,7 +38,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return status
     if options.json:
-        print(json.dumps(_as_data(cells, found), indent=1, ensure_ascii=False))
+        print(json.dumps(_as_data(cells, found), indent=1))
     else:
         _print(cells, found)
         if lineage.outputs_missing and len(found) > 1:

@@ -27,6 +27,9 @@ CLOSURE = Path(__file__).parents[1] / "runtime/closure.py"
 def commits(lineage: Lineage, stages: Iterable[str]) -> list[Link]:
     """A link per commit that brought an entry of ``stages``: whether the code that ran was committed."""
     root = lineage.root
+    if reason := _refusal(root):
+        advice = "mend that, or audit a clone of your own"
+        return [broken("commit", LOCK, f"Git does not answer ({reason})", advice)]
     lock = (root / LOCK).read_text(encoding="utf-8") if lineage.lock else ""
     entries = dict(ENTRY.findall(lock))
     wanted = {name: entries[name] for name in stages if name in entries}
@@ -77,7 +80,7 @@ def _entries(root: Path, commit: str) -> dict[str, str]:
 
 def _clean(lineage: Lineage, commit: str, names: list[str]) -> Link:
     """Whether each file of code, and each module that a closure lists, was committed with the stages."""
-    files = GitFileSystem(scm=lineage.repo.scm, rev=commit)
+    files, prefix = GitFileSystem(scm=lineage.repo.scm, rev=commit), _prefix(lineage)
     made = {*lineage.producers, *lineage.locked_outs}
     ran: dict[str, str] = {
         path: md5
@@ -85,11 +88,11 @@ def _clean(lineage: Lineage, commit: str, names: list[str]) -> Link:
         for path, md5 in locked(lineage.lock[name], "deps").items()
         if path.startswith(CODE) or not any(f"{out}/".startswith(f"{path}/") for out in made)
     }
-    then = {path: hash_of(files, f"/{path}") for path in ran}
+    then = {path: hash_of(files, f"{prefix}/{path}") for path in ran}
     now = {path: lineage.hash(path) for path in ran}
     for path in [path for path in ran if path.startswith(CODE) and ran[path] == then[path]]:
         try:
-            ran |= listed(json.loads(files.open(f"/{path}", "rb").read()), path)
+            ran |= listed(json.loads(files.open(f"{prefix}/{path}", "rb").read()), path)
         except (AttributeError, TypeError, ValueError):  # not as check writes it
             ran |= {path: "unreadable"}
         then |= listed(_closures(lineage.root, commit).get(Path(path).stem, {}), path)
@@ -102,6 +105,12 @@ def _clean(lineage: Lineage, commit: str, names: list[str]) -> Link:
     count = len({name.rpartition(" ")[2] for name in ran})
     text = f"brought {some(names, 2)}; tree clean, its {count} code files are those recorded"
     return good("commit", subject, text, [f"{name}: {ran[name]} then, {now.get(name)} now" for name in ran])
+
+
+def _prefix(lineage: Lineage) -> str:
+    """Where the project lies in its Git repository, which may be a larger one."""
+    within = lineage.root.resolve().relative_to(Path(lineage.repo.scm.root_dir).resolve()).as_posix()
+    return "" if within == "." else f"/{within}"
 
 
 @cache
@@ -131,6 +140,15 @@ def commit_with(root: Path, file: str, md5: str) -> str | None:
         if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
             return commit
     return None
+
+
+def _refusal(root: Path) -> str | None:
+    """Why Git does not answer here, such as a folder that belongs to somebody else; None if it does."""
+    try:
+        done = subprocess.run(["git", "rev-parse", "--git-dir"], cwd=root, capture_output=True, text=True)
+    except OSError as error:
+        return f"git: {error.strerror}"
+    return None if done.returncode == 0 else (done.stderr.splitlines() or ["no reason given"])[0]
 
 
 def _git(root: Path, *arguments: str) -> bytes | None:

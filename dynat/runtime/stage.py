@@ -1,6 +1,7 @@
 """What every stage script shares: one-line faults, a validated cell of the matrix, the key of the code."""
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Callable
@@ -32,12 +33,30 @@ class Run:
         return Path(folder, self.setting, self.method, f"{self.seed}{suffix}")
 
 
+def begin() -> None:
+    """What every command does first: what the terminal cannot show is replaced, other code is not run.
+
+    Raises :class:`UserError` where ``PYTHONSAFEPATH`` or ``-P`` made Python find another clone's.
+    """
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
+    here, found = Path("dynat").resolve(), Path(__file__).parents[1]
+    if sys.flags.safe_path and here.exists() and not here.samefile(found):
+        raise UserError(
+            f"this would run the code of {found}, not of {here}; unset PYTHONSAFEPATH, leave out -P"
+        )
+
+
 def main(stage: Callable[[], int | None]) -> None:
     """Run a stage; a fault that the user can mend is one line on stderr and exit status 2."""
     try:
+        begin()
         status = stage() or 0
     except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
+        removed = "DVC_STAGE" in os.environ and "dvc checkout" not in str(error)
+        hint = "; dvc checkout brings back an earlier output" if removed else ""
+        print(f"error: {error}{hint}", file=sys.stderr)
         status = 2
     except KeyboardInterrupt:
         status = INTERRUPTED

@@ -3,6 +3,7 @@
 import hashlib
 import json
 import os
+import shutil
 import subprocess
 import sys
 from collections.abc import Callable
@@ -304,3 +305,34 @@ def test_own_data_at_hand_is_held_against_the_hash_in_the_parameters(
     archive.unlink()
     (archive / "train").mkdir(parents=True)
     assert state() == "broken"
+
+
+def test_a_project_within_a_larger_repository_is_audited_as_one_of_its_own(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    outer, project = tmp_path / "outer", tmp_path / "outer/of ours/prój"
+    project.parent.mkdir(parents=True)
+    shutil.rmtree(repository / ".git")
+    repository.rename(project)
+    (outer / "notes.txt").write_text("of another project")
+    git(outer, "init", "-q")
+    git(outer, "add", "-A")
+    commit(outer, "all at once")
+    monkeypatch.chdir(project)
+    assert main([CELL]) == 0
+    said = capsys.readouterr().out
+    assert "tree clean" in said
+    assert "in no commit" not in said
+
+
+@pytest.mark.parametrize("reason", ["fatal: detected dubious ownership in repository at '/data'", "no git"])
+def test_a_git_that_does_not_answer_fails_the_audit_with_its_reason(
+    reason: str, finished: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    if reason != "no git":
+        (tmp_path / "git").write_text(f'#!/bin/sh\necho "{reason}" >&2\nexit 128\n')
+        (tmp_path / "git").chmod(0o755)
+    monkeypatch.setenv("PATH", str(tmp_path))
+    assert main([CELL]) == 1
+    line = next(each for each in capsys.readouterr().out.splitlines() if "Git does not answer" in each)
+    assert reason in line or "No such file" in line
