@@ -5,7 +5,7 @@ adversarial image of every broken sample; and ``metrics/sanity/...``, checks tha
 trusted, and the accuracy against epsilon. A failed check stops nothing: it marks the method in every table.
 """
 
-from dynat.runtime import machine as environment
+from dynat.runtime import machine
 from dynat.runtime.record import RunRecord
 from dynat.runtime.stage import main, run_of_arguments
 
@@ -14,7 +14,7 @@ def stage() -> int:
     """Attack both checkpoints with everything in the study's ``attack`` section."""
     run = run_of_arguments(__doc__ or "")
     record = RunRecord("attack", run)
-    environment.pin(run.study.machine)
+    machine.pin(run.study.machine)
     from dynat.evaluation.checkpoints import evaluate_checkpoints
     from dynat.evaluation.evaluate import run_evaluation
 

@@ -4,7 +4,7 @@ Writes ``metrics/autoattack/<setting>/<method>/<seed>.json`` with the package's 
 every sample beside it, and the adversarial image of every broken sample.
 """
 
-from dynat.runtime import machine as environment
+from dynat.runtime import machine
 from dynat.runtime.record import RunRecord
 from dynat.runtime.stage import main, run_of_arguments
 
@@ -13,7 +13,7 @@ def stage() -> int:
     """Run the standard ensemble on the selected checkpoint."""
     run = run_of_arguments(__doc__ or "")
     record = RunRecord("autoattack", run)
-    environment.pin(run.study.machine)
+    machine.pin(run.study.machine)
     from dynat.evaluation.autoattack import evaluate_selected
     from dynat.evaluation.evaluate import run_evaluation
 

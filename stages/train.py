@@ -9,7 +9,7 @@ import sys
 from typing import TYPE_CHECKING
 
 from dynat.errors import DivergedError, UserError
-from dynat.runtime import machine as environment
+from dynat.runtime import machine
 from dynat.runtime.files import sha256
 from dynat.runtime.progress import watched
 from dynat.runtime.record import RunRecord
@@ -25,7 +25,7 @@ def stage() -> int:
     """Train, resume where a stopped run left off, write the model folder at once."""
     run = run_of_arguments(__doc__ or "")
     record = RunRecord("train", run)
-    environment.pin(run.study.machine)
+    machine.pin(run.study.machine)
     from dynat.methods.setup import set_up
     from dynat.runtime import distributed
     from dynat.runtime.resume import ResumeStore, graceful_stop

@@ -1,4 +1,4 @@
-"""One of several processes that train together for test_parallel: torchrun ... two_processes.py FOLDER."""
+"""One of several processes that train together for test_distributed: torchrun ... two_processes.py FOLDER."""
 
 import sys
 from pathlib import Path

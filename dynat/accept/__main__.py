@@ -3,7 +3,7 @@
 The code that dvc.lock names and the present, committed code compute the same things side by side on the
 recorded inputs. STAGE as in dvc.lock, such as train_dynat@digits-dynat-0, or its first part, such as
 train_dynat; without one all stages that the code has made stale. Exit status: 0 accepted or nothing to do,
-1 refused and nothing touched.
+1 refused and nothing touched, 2 proved, but dvc.lock could not be brought up to date.
 """
 
 import argparse
@@ -48,7 +48,7 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         again = "git checkout dvc.lock metrics/code, mend that and start again"
         print(f"proved, but not all is brought up to date: {error}; {again}", file=sys.stderr)
-        return 1
+        return 2
     return 0
 
 

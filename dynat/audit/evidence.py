@@ -54,7 +54,7 @@ def witness(printed: Printed, source: Source) -> list[Link]:
     study = printed.params.study[run.split("/")[0]]
     judged = getattr(study, kind)  # APGD-CE of AutoAttack is repeated as the attack of that name
     spec = study.attack.model_copy(update={"epsilon": judged.epsilon, "seed": judged.seed})
-    stored = _stored(printed, source, device_of(study.machine))
+    stored = _stored(printed, source, device_of(study.machine, f"study.{run.split('/')[0]}.machine"))
     about = f"{source['file'].removesuffix('.json')} {source['checkpoint']}/{source['attack']}"
     if faults := _faults(stored, spec.epsilon):
         again = "run dvc repro -f of the attack, or restore witness and verdicts with dvc checkout"
@@ -152,7 +152,7 @@ def replay(printed: Printed, run: str, steps: int) -> list[Link]:
     now = _losses(Run(setting, method, int(seed), printed.params), len(recorded))
     pairs = [(float(row[n]), losses[n]) for row, losses in zip(recorded, now, strict=True) for n in losses]
     gaps = [abs(one - two) / max(abs(two), 1e-12) for one, two in pairs]
-    machine = fingerprint(device_of(study.machine)).items()
+    machine = fingerprint(device_of(study.machine, f"study.{setting}.machine")).items()
     same = machine <= record.get("hardware", {}).items() and not study.train.compile
     kind = "on the same kind of machine" if same else f"compiled anew or elsewhere, tolerance {TOLERANCE:g}"
     first = f"the first {len(recorded)} steps"

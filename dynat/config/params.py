@@ -5,7 +5,7 @@ would type it after ``dvc exp run -S``.
 """
 
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated, Literal, NamedTuple
 
 from pydantic import Field, ValidationError, model_validator
 
@@ -50,6 +50,14 @@ class DataSpec(Section):
         if self.source.startswith("cifar") and not (self.md5 or self.sha256):
             raise KeyedError("md5", "give the archive's md5 or sha256, or it could not be verified")
         return self
+
+
+class Extent(NamedTuple):
+    """What prepared data will be."""
+
+    shape: tuple[int, int, int]  # of an image: channels, height, width
+    train: int  # images to train on
+    test: int  # images
 
 
 class Network(Section):
@@ -120,17 +128,17 @@ class Study(Section):
         mean, std = self.train.mean, self.train.std
         if (mean is None) != (std is None) or len(mean or ()) != len(std or ()):
             raise KeyedError("train.std", "give mean and std together, each with one number per channel")
-        if self.data.test:
-            self.check_test_images(self.data.test)
+        for kind in ("attack", "autoattack") if self.data.test else ():
+            self.check_test_images(kind, self.data.test or 0)
         if self.train.compile and self.machine.instructions:
             raise KeyedError("train.compile", "true cannot keep bits; set machine.instructions=null with it")
         return self
 
-    def check_test_images(self, available: int) -> None:
-        """Raise :class:`KeyedError` if an evaluation wants more than the ``available`` test images."""
-        for key, n in (("attack.n", self.attack.n or 0), ("autoattack.n", max(self.autoattack.n))):
-            if n > available:
-                raise KeyedError(key, f"{n} is more than the {available} test images that there are")
+    def check_test_images(self, kind: str, available: int) -> None:
+        """Raise :class:`KeyedError` if ``kind``, attack or autoattack, wants more images than there are."""
+        n = max(self.autoattack.n) if kind == "autoattack" else self.attack.n or 0
+        if n > available:
+            raise KeyedError(f"{kind}.n", f"{n} is more than the {available} test images that there are")
 
 
 class Params(Section):

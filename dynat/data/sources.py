@@ -15,10 +15,9 @@ from sklearn.datasets import load_digits
 from sklearn.model_selection import train_test_split
 from tqdm import tqdm
 
-from dynat.config.params import DataSpec
+from dynat.config.params import DataSpec, Extent
 from dynat.data.archives import Files, opened
 from dynat.data.download import fetch, kept, verify
-from dynat.data.splits import Extent
 from dynat.errors import UserError
 from dynat.runtime.files import sha256, write_atomically
 
@@ -68,7 +67,7 @@ def prepare(spec: DataSpec, destination: Path, section: str = "data") -> dict[st
     return description | counts | {"shape": list(data.images.shape[1:])}
 
 
-def extent(spec: DataSpec, section: str = "data") -> Extent | None:
+def extent(spec: DataSpec, section: str) -> Extent | None:
     """What ``prepare`` would make of ``spec``, as far as that is known before: None of own images.
 
     Raises ``UserError`` as ``prepare`` would, for what no archive is needed for.

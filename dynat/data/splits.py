@@ -25,14 +25,6 @@ class Splits(NamedTuple):
     notes: tuple[str, ...] = ()  # what must stand beside every number from this data
 
 
-class Extent(NamedTuple):
-    """What prepared data will be."""
-
-    shape: tuple[int, int, int]  # of an image: channels, height, width
-    train: int  # images to train on
-    test: int  # images
-
-
 def load(path: Path, device: torch.device) -> Splits:
     """Map a file of ``dynat.data.sources.prepare`` and bring it to ``device``.
 

@@ -21,8 +21,7 @@ from dynat.evaluation.chunks import Chunks, StoppedError
 from dynat.evaluation.evidence import Evidence
 from dynat.evaluation.verdicts import Accuracy, accuracy, encode
 from dynat.networks.weights import load_network, save_weights, trained_in
-from dynat.runtime import distributed
-from dynat.runtime import machine as environment
+from dynat.runtime import distributed, machine
 from dynat.runtime.closure import code_key
 from dynat.runtime.files import digest, sha256, write_json
 from dynat.runtime.progress import counted
@@ -69,16 +68,16 @@ class Evaluation:
 Evaluate = Callable[[TrainedNetworks, Spec, Chunks], Evaluation]
 
 
-def trained_networks(run: Run, device: torch.device) -> TrainedNetworks:
+def trained_networks(run: Run, kind: str, device: torch.device) -> TrainedNetworks:
     """The networks of ``run`` and the test images of its setting, on ``device``.
 
-    Raises :class:`UserError` if the setting wants more test images than there are, or if the target is
-    missing or damaged.
+    Raises :class:`UserError` if ``kind``, attack or autoattack, wants more test images than there are, or if
+    the target is missing or damaged.
     """
     data = Path("data", f"{run.setting}.safetensors")
     test = load(data, device)
     try:
-        run.study.check_test_images(len(test.test_images))
+        run.study.check_test_images(kind, len(test.test_images))
     except KeyedError as error:
         raise UserError(f"study.{run.setting}.{error}") from None
     networks = TrainedNetworks(run.path("models"), data, test.test_images, test.test_labels, test.notes)
@@ -91,8 +90,8 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
 
     Returns the exit status. Finished chunks are used again with the same code, data and weights only.
     """
-    device = environment.device_of(run.study.machine, f"study.{run.setting}.machine")
-    networks = trained_networks(run, device)
+    device = machine.device_of(run.study.machine, f"study.{run.setting}.machine")
+    networks = trained_networks(run, kind, device)
     key = digest(
         {
             kind: spec.model_dump_json(exclude={"n", "workers"}),  # chunks are good for any of them
@@ -100,7 +99,7 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
             "models": ",".join(sha256(path) for path in sorted(networks.folder.glob("*.safetensors"))),
             "code": code_key(kind),
             "package": version("pyautoattack"),
-            **environment.fingerprint(device),
+            **machine.fingerprint(device),
         }
     )
     distributed.join(device)

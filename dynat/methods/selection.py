@@ -22,7 +22,8 @@ def refuse_setting(params: Params, setting: str) -> None:
     processes, known = distributed.launched(params.launch), extent(study.data, f"{section}.data")
     if known is not None:
         try:
-            study.check_test_images(known.test)
+            for kind in ("attack", "autoattack"):
+                study.check_test_images(kind, known.test)
         except KeyedError as error:
             raise UserError(f"{section}.{error}") from None
     for method in (*params.baselines, *params.variants):

@@ -10,9 +10,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynat.config.params import Network, Study
+from dynat.config.params import Extent, Network, Study
 from dynat.config.recipe import Recipe
-from dynat.data.splits import Extent, load
+from dynat.data.splits import load
 from dynat.errors import UserError
 from dynat.methods.step import Engine
 from dynat.methods.training import Training

@@ -70,7 +70,7 @@ def memory_of(machine: Machine) -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
 
 
-def device_of(machine: Machine, key: str = "machine") -> "torch.device":
+def device_of(machine: Machine, key: str) -> "torch.device":
     """Apply threads and determinism to torch and return the device that the setting computes on.
 
     Raises :class:`UserError`, naming a key of ``key``, if ``machine`` asks for what this one has not.

@@ -1,8 +1,9 @@
-"""What every stage script shares: one-line faults, a validated cell of the matrix, the key of the code."""
+"""What every stage script shares: one-line faults, a validated run of the matrix."""
 
 import argparse
 import io
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -16,7 +17,7 @@ INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal, the next run goes on from 
 
 @dataclass(frozen=True)
 class Run:
-    """One cell of the matrix and its parameters."""
+    """One setting, method and seed of the matrix, and its parameters."""
 
     setting: str
     method: str
@@ -54,7 +55,8 @@ def main(stage: Callable[[], int | None]) -> None:
         begin()
         status = stage() or 0
     except UserError as error:
-        removed = "DVC_STAGE" in os.environ and "dvc checkout" not in str(error)
+        removed = re.match("prepare|train|attack|autoattack", os.environ.get("DVC_STAGE", ""))
+        removed = removed if "dvc checkout" not in str(error) else None
         hint = "; dvc checkout brings back an earlier output" if removed else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         status = 2
@@ -66,7 +68,7 @@ def main(stage: Callable[[], int | None]) -> None:
 
 
 def run_of_arguments(description: str) -> Run:
-    """The cell named on the command line, with the whole of params.yaml validated first."""
+    """The run named on the command line, with the whole of params.yaml validated first."""
     parser = argparse.ArgumentParser(description=description)
     parser.add_argument("setting")
     parser.add_argument("method")

@@ -79,7 +79,9 @@ def test_a_rewritten_loop_with_equal_bits_is_accepted_and_nothing_runs(
     assert done.returncode == 0, done.stdout + done.stderr
     again = dvc(repository, "repro", *TRAININGS, "tabulate", PATH=quick_path)
     assert again.returncode == 0, again.stdout + again.stderr
-    assert not {name for name in stages_run(again) if "dynat-0" in name or "pgd_at-0" in name}
+    ran = {name for name in stages_run(again) if name != "tabulate"}
+    assert not {name for name in ran if name.startswith(("prepare", "train")) or "dynat-0" in name}
+    assert not {name for name in ran if "pgd_at-0" in name}
     commit(repository, "accepted")
     audit = run(repository, "dynat.audit", "digits/dynat/0/pgd20")
     assert audit.returncode == 0, audit.stdout + audit.stderr

@@ -58,7 +58,7 @@ def test_evidence_that_does_not_hold_is_refused(
     forge: Callable[[Path], None],
     said: str,
 ) -> None:
-    monkeypatch.setattr(evidence, "device_of", lambda machine: torch.device("cpu"))
+    monkeypatch.setattr(evidence, "device_of", lambda *machine: torch.device("cpu"))
     forge(repository)
     assert main([CELL, "--deep"]) == 1
     faults = [line for line in capsys.readouterr().out.splitlines() if line.startswith("✗")]
@@ -67,7 +67,7 @@ def test_evidence_that_does_not_hold_is_refused(
 
 @pytest.mark.parametrize("name", ["fgsm", "cw", "apgd-ce"])
 def test_every_attack_is_repeated(finished: Path, monkeypatch: pytest.MonkeyPatch, name: str) -> None:
-    monkeypatch.setattr(evidence, "device_of", lambda machine: torch.device("cpu"))
+    monkeypatch.setattr(evidence, "device_of", lambda *machine: torch.device("cpu"))
     printed = Printed(finished)
     (source,) = printed.sources(f"digits/pgd_at/0/{name}")
     links = evidence.witness(printed, source)

@@ -2,12 +2,14 @@
 
 import copy
 import itertools
+import re
 import string
 from pathlib import Path
 from typing import Any
 
 import pytest
 import yaml
+from dvc.utils.hydra import apply_overrides
 from dvc.utils.serialize import load_yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
@@ -246,3 +248,36 @@ def test_dvc_tracks_the_values_that_are_used() -> None:
     assert ours.study == tracked.study
     for setting, method in itertools.product(ours.study, ours.recipes):
         assert ours.recipe(setting, method) == tracked.recipe(setting, method)
+
+
+def lists(tree: dict[str, Any], prefix: str = "") -> list[str]:
+    """The dotted keys of all lists."""
+    found = [f"{prefix}{key}" for key, value in tree.items() if isinstance(value, list)]
+    for key, value in tree.items():
+        found += lists(value, f"{prefix}{key}.") if isinstance(value, dict) else []
+    return found
+
+
+@pytest.mark.slow
+def test_dvc_can_empty_and_set_every_list_and_no_comment_is_lost(tmp_path: Path) -> None:
+    text = FILE.read_text()
+    comments = sorted(re.findall("#.*", text))
+    every, path = lists(yaml.safe_load(text)), tmp_path / "params.yaml"
+    alone = (
+        "settings",
+        "variants",
+        "seeds",
+        *(key for key in every if "digits" in key or "wrn34_10.data" in key),
+    )
+    for keys in (every, *([key] for key in alone)):
+        path.write_text(text)
+        for value in ([], [1, 2], []):
+            apply_overrides(path, [f"{key}={value}" for key in keys])  # what -S does
+            now = path.read_text()
+            assert sorted(re.findall("#.*", now)) == comments
+            tree = yaml.safe_load(now)
+            for key in keys:
+                section = tree
+                for part in key.split("."):
+                    section = section[int(part) if part.isdigit() else part]
+                assert section == value

@@ -14,7 +14,7 @@ from dynat.evaluation.evaluate import Evaluation, TrainedNetworks, run_evaluatio
 from dynat.evaluation.evidence import Evidence
 from dynat.evaluation.verdicts import accuracy, decode
 from dynat.networks.weights import load_weights
-from dynat.runtime import machine as environment
+from dynat.runtime import machine
 from dynat.runtime.record import RunRecord
 from dynat.runtime.stage import Run
 
@@ -32,7 +32,7 @@ def test_more_samples_than_test_images_are_refused_by_their_key(
     """As with an image folder, whose size params.yaml does not tell."""
     study = PARAMS.study["digits"]
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(environment, "device_of", lambda *machine: torch.device("cpu"))
+    monkeypatch.setattr(machine, "device_of", lambda *_: torch.device("cpu"))
     prepare(study.data, Path("data/digits.safetensors"), "study.digits.data")
     more = {"attack": 401, "autoattack": [200, 401]}[kind]
     spec = getattr(study, kind).model_copy(update={"n": more})
