@@ -19,14 +19,14 @@ from collections.abc import Callable
 from typing import Any
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from benchmarks.published import STEPS, Published
 from dynat.config.params import load
 from dynat.config.recipe import Recipe
 from dynat.methods.batches import Batch
 from dynat.methods.step import Engine
-from dynat.networks.architectures import build, multiply_adds
+from dynat.networks.architectures import build
 from dynat.runtime.machine import precision_of
 
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]] = {
@@ -121,6 +121,26 @@ def costs(arguments: argparse.Namespace, device: torch.device, precision: torch.
         ratio = statistics.median(a / b for a, b in zip(own, base, strict=True))
         rate = arguments.batch / statistics.median(own)
         print(f"{name:22}  {rate:8.2f}  {ratio:11.2f}  {work[name] / work['pgd_at']:12.2f}")
+
+
+def multiply_adds(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
+    """Return the multiply-adds of all convolutions and linear layers for one image (channels, height, width).
+
+    Counted in one forward of a copy in eval mode: neither mode nor statistics of the model move.
+    """
+    counts: list[int] = []  # by hooks: torch.utils.flop_counter imports 5 s of compiler first
+
+    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        counts.append(output.numel() * layer.get_parameter("weight")[0].numel())
+
+    model = copy.deepcopy(model).eval()
+    for layer in model.modules():
+        if isinstance(layer, (nn.Conv2d, nn.Linear)):
+            layer.register_forward_hook(count)
+    weight = next(model.parameters())
+    with torch.no_grad():
+        model(torch.zeros(1, *input_shape, device=weight.device, dtype=weight.dtype))
+    return sum(counts)
 
 
 def work_per_image(engine: Engine, shape: tuple[int, int, int]) -> int:

@@ -5,8 +5,8 @@ robust. The package's own resume cannot be used (it refuses every state file it 
 depends on seed and batch, so both are parameters and batches are cut by index.
 
 Images are crafted with a faster equal of the network (``networks.folded``), in bf16 where the study asks for
-it; every verdict is the float32 network's own, as stored. A success of bf16 that it does not confirm is
-attacked again in float32.
+it; every verdict is the float32 network's own, as stored. What it does not confirm is attacked again with the
+next network, at last with itself.
 """
 
 import logging
@@ -58,7 +58,7 @@ def evaluate(
     """
     chunks = chunks or Chunks()
     ensemble = Ensemble(network, to_unit(images[:1]), spec)
-    for each in ensemble.crafting:  # copies of this evaluation's own
+    for each in ensemble.crafting[:-1]:  # copies of this evaluation's own
         chunks.watch(each)
 
     def attack(first: int, say: Say) -> tuple[dict[str, Evidence], list[str]]:
@@ -101,7 +101,8 @@ class Ensemble:
 
     def __init__(self, network: nn.Module, x: Tensor, spec: AutoAttack) -> None:
         self.network, self.spec = network, spec
-        self.crafting = [fold(network)] if spec.precision == "fp32" else [mixed(network), fold(network)]
+        fast = [fold(network)] if spec.precision == "fp32" else [mixed(network), fold(network)]
+        self.crafting = [*fast, network]  # the last for samples that only the copies misread
         with torch.no_grad():
             classes = int(network(x).shape[1])
         options = {"norm": "Linf", "eps": spec.epsilon, "seed": spec.seed, "version": "standard"}

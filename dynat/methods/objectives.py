@@ -96,14 +96,15 @@ def instance_weights(
     """Weights [B] of the robust terms, without gradient, or None while they are uniform.
 
     GAIRAT, of the count kappa of K = ``steps`` iterates at which a sample is classified correctly:
-    (1 + tanh(Lambda + 5 (1 - 2 kappa / K))) / 2, brought to mean 1 over the whole batch. MAIL:
+    (1 + tanh(Lambda + 5 (h - kappa) / h)) / 2, h = floor(K / 2), brought to mean 1 over the batch. MAIL:
     scale * sigmoid(slope * (margin + bias)) on the probabilities of the training forward, not normalised.
     """
     if rule.rule == "uniform" or epoch < rule.begin:
         return None
     if rule.rule == "gairat":
         assert kappa is not None
-        exponent = rule.shift + 5 * (1 - 2 * kappa.to(wide(adversarial).dtype) / steps)
+        half = max(1, steps // 2)
+        exponent = rule.shift + (half - kappa.to(wide(adversarial).dtype)) * 5 / half
         raw = torch.sigmoid(2 * exponent)  # the same number, without tanh's cancellation near -1
         return raw * (distributed.total(torch.ones_like(raw).sum()) / distributed.total(raw.sum()))
     difficulty = margins(F.softmax(wide(adversarial.detach()), dim=1), labels)

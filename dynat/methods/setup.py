@@ -1,6 +1,6 @@
 """A training before its first step: whether it can be, data, networks, engine, the key of its resume state.
 
-What params.yaml and the machine tell is told by stage ``check``, with the same functions.
+Stage ``check`` asks the same before, of what params.yaml and the machine know.
 """
 
 import json

@@ -6,7 +6,6 @@ Parameter names are those of the published CIFAR files, so official checkpoints 
 global average pooling stands for their fixed 4x4 and 8x8 windows, so any image size works.
 """
 
-import copy
 import inspect
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
@@ -126,26 +125,6 @@ NETWORKS: dict[str, Callable[..., Layers]] = {
     "wrn": wrn,
     "cnn": cnn,
 }
-
-
-def multiply_adds(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
-    """Return the multiply-adds of all convolutions and linear layers for one image (channels, height, width).
-
-    Counted in one forward of a copy in eval mode: neither mode nor statistics of the model move.
-    """
-    counts: list[int] = []  # by hooks: torch.utils.flop_counter imports 5 s of compiler first
-
-    def count(layer: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        counts.append(output.numel() * layer.get_parameter("weight")[0].numel())
-
-    model = copy.deepcopy(model).eval()
-    for layer in model.modules():
-        if isinstance(layer, (nn.Conv2d, nn.Linear)):
-            layer.register_forward_hook(count)
-    weight = next(model.parameters())
-    with torch.no_grad():
-        model(torch.zeros(1, *input_shape, device=weight.device, dtype=weight.dtype))
-    return sum(counts)
 
 
 class PixelConv(nn.Conv2d):

@@ -102,12 +102,12 @@ def test_standard_is_the_four_attacks_with_their_published_counts(
 ) -> None:
     monkeypatch.setattr(autoattack, "Package", Package)
     ensemble = Ensemble(network, IMAGES / 255, small(8))
-    (package,) = ensemble.packages
-    assert tuple(package.attacks_to_run) == tuple(ensemble.attacks) == STANDARD
     assert STANDARD == ("apgd-ce", "apgd-t", "fab-t", "square")
-    assert (package.apgd.n_iter, package.apgd.n_restarts) == (100, 1)
-    assert (package.apgd_targeted.n_iter, package.apgd_targeted.n_target_classes) == (100, 9)
-    assert (package.fab.n_iter, package.fab.n_target_classes, package.square.n_queries) == (100, 9, 5000)
+    for package in ensemble.packages:
+        assert tuple(package.attacks_to_run) == tuple(ensemble.attacks) == STANDARD
+        assert (package.apgd.n_iter, package.apgd.n_restarts) == (100, 1)
+        assert (package.apgd_targeted.n_iter, package.apgd_targeted.n_target_classes) == (100, 9)
+        assert (package.fab.n_iter, package.fab.n_target_classes, package.square.n_queries) == (100, 9, 5000)
 
 
 @pytest.mark.parametrize("classes", [2, 3, 5])
@@ -197,7 +197,7 @@ def test_what_float32_does_not_confirm_is_attacked_again_in_float32(
     x = IMAGES / 255
     wrong = nn.Sequential(network, nn.Flatten(1)).eval()
     wrong[1].register_forward_hook(lambda _, inputs, logits: logits.roll(1, 1))  # every verdict is wrong
-    (liar,), (honest,) = (Ensemble(each, x, small(8)).packages for each in (wrong, network))
+    liar, honest = (Ensemble(each, x, small(8)).packages[0] for each in (wrong, network))
     ensemble, everybody = Ensemble(network, x, small(8)), torch.ones(8, dtype=torch.bool)
 
     def crafted_by(*packages: Package) -> Chunk:
@@ -209,3 +209,25 @@ def test_what_float32_does_not_confirm_is_attacked_again_in_float32(
     assert len(alone["broken"]) == 0
     assert torch.equal(found["broken"], expected["broken"])
     assert torch.equal(found["images"], expected["images"])
+
+
+class Misreading(nn.Module):
+    """A copy that takes every image for another class than the network does."""
+
+    def __init__(self, network: nn.Module) -> None:
+        super().__init__()
+        self.network = network
+
+    def forward(self, x: Tensor) -> Tensor:
+        return -self.network(x)
+
+
+def test_a_sample_that_only_the_copy_misreads_is_attacked_all_the_same(
+    network: nn.Module, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected, _ = attack(network, labels, 8)
+    monkeypatch.setattr(autoattack, "fold", lambda network: Misreading(network).eval())
+    found, _ = attack(network, labels, 8)
+    assert 0 < expected["square"].robust.sum() < 8
+    for name in STANDARD:
+        assert torch.equal(found[name].robust, expected[name].robust)

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from dynat.config.params import Attack
+from dynat.evaluation import whitebox
 from dynat.evaluation.evidence import Evidence
 from dynat.evaluation.whitebox import ATTACKS, evaluate, pgd, sample_noise
 from dynat.methods import attacks
@@ -43,7 +44,9 @@ def found(network: nn.Module, images: Tensor, labels: Tensor) -> dict[str, Evide
     return evaluate(network, images, labels, SPEC, ATTACKS)
 
 
-def plain_attack(network: nn.Module, x: Tensor, y: Tensor, start: Tensor, steps: int, cw: bool) -> Tensor:
+def plain_attack(
+    network: nn.Module, x: Tensor, y: Tensor, start: Tensor, steps: int, cw: bool, spec: Attack = SPEC
+) -> Tensor:
     """One sample at a time: frozen as soon as it is misclassified, else a signed step and a clip."""
     verdicts = []
     for i in range(len(x)):
@@ -55,8 +58,8 @@ def plain_attack(network: nn.Module, x: Tensor, y: Tensor, start: Tensor, steps:
                 break
             others = [logits[0, j] for j in range(logits.shape[1]) if j != label]
             loss = max(others) - logits[0, label] if cw else F.cross_entropy(logits, y[i : i + 1])
-            step = SPEC.step * torch.autograd.grad(loss, point)[0].sign()
-            point = (point + step).clamp(clean - SPEC.epsilon, clean + SPEC.epsilon).clamp(0, 1)
+            step = spec.step * torch.autograd.grad(loss, point)[0].sign()
+            point = (point + step).clamp(clean - spec.epsilon, clean + spec.epsilon).clamp(0, 1)
         clean_right = network(clean).argmax() == label
         verdicts.append(bool(clean_right and network(point.detach()).argmax() == label))
     return torch.tensor(verdicts)
@@ -72,12 +75,25 @@ def test_verdicts_equal_a_plain_loop_over_samples(
     steps: int,
     cw: bool,
 ) -> None:
-    x = images.float() / 255
-    noise = sample_noise(x, SPEC.seed, torch.arange(40))
-    start = (x + (2 * noise - 1) * SPEC.epsilon).clamp(x - SPEC.epsilon, x + SPEC.epsilon).clamp(0, 1)
-    expected = plain_attack(network, x, labels, start, steps, cw)
+    expected = plain_attack(network, images / 255, labels, plain_start(images, SPEC), steps, cw)
     assert 0 < expected.sum() < 34  # six are wrong from the start
     assert torch.equal(found[name].robust, expected)
+
+
+def plain_start(images: Tensor, spec: Attack) -> Tensor:
+    x, noise = images / 255, sample_noise(images / 255, spec.seed, torch.arange(len(images)))
+    return (x + (2 * noise - 1) * spec.epsilon).clamp(x - spec.epsilon, x + spec.epsilon).clamp(0, 1)
+
+
+def test_fgsm_is_one_step_of_the_radius_from_the_same_random_start(
+    network: nn.Module, images: Tensor, labels: Tensor
+) -> None:
+    wide = SPEC.model_copy(update={"epsilon": 0.6, "step": 0.01})
+    found = evaluate(network, images, labels, wide, ["fgsm"])["fgsm"].robust
+    once = wide.model_copy(update={"step": 0.6})
+    expected = plain_attack(network, images / 255, labels, plain_start(images, wide), 1, False, once)
+    assert 0 < expected.sum() < 34
+    assert torch.equal(found, expected)
 
 
 def test_every_broken_sample_has_a_misclassified_image_in_the_ball(
@@ -172,3 +188,20 @@ def test_a_samples_start_depends_on_seed_and_index_alone() -> None:
     noise = sample_noise(x, 5, torch.tensor([4, 9, 2]))
     assert torch.equal(noise[1], sample_noise(x[:1], 5, torch.tensor([9]))[0])
     assert not torch.equal(noise[1], sample_noise(x[:1], 6, torch.tensor([9]))[0])
+
+
+def test_apgd_attacks_a_sample_that_only_the_copy_misreads(
+    network: nn.Module,
+    images: Tensor,
+    labels: Tensor,
+    found: dict[str, Evidence],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    class Misreading(nn.Module):
+        def forward(self, x: Tensor) -> Tensor:
+            return -network(x)
+
+    monkeypatch.setattr(whitebox, "fold", lambda _: Misreading().eval())
+    again = evaluate(network, images, labels, SPEC, ["apgd-ce"])
+    assert 0 < found["apgd-ce"].robust.sum() < found["clean"].robust.sum()
+    assert torch.equal(again["apgd-ce"].robust, found["apgd-ce"].robust)

@@ -207,6 +207,15 @@ def test_gairat_weights_are_the_formula_with_mean_one(counts: list[int], shift: 
     assert found.mean().item() == pytest.approx(1, rel=1e-12)
 
 
+def test_gairat_of_an_odd_number_of_steps_has_the_published_exponent() -> None:
+    kappa, labels = torch.arange(6), torch.zeros(6, dtype=torch.long)
+    logits = torch.zeros(6, CLASSES, dtype=torch.float64)
+    found = objectives.instance_weights(Weights(rule="gairat"), 0, logits, labels, kappa, 5)
+    assert found is not None
+    raw = np.array([(1 + math.tanh(-1 + (int(5 / 2) - k) * 5 / int(5 / 2))) / 2 for k in range(6)])
+    np.testing.assert_allclose(found.numpy(), raw / raw.mean(), rtol=1e-9)
+
+
 def test_gairat_with_the_published_constants_is_one_plus_tanh_of_four_minus_kappa() -> None:
     kappa = torch.arange(11)
     labels = torch.zeros(11, dtype=torch.long)

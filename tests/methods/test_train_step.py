@@ -10,7 +10,7 @@ from sklearn.datasets import load_digits
 from torch import nn
 
 from benchmarks.published import STEPS, Published
-from benchmarks.train_step import batches, engine_of, networks, work_per_image
+from benchmarks.train_step import batches, engine_of, multiply_adds, networks, work_per_image
 from dynat.config.params import load
 from dynat.config.recipe import Recipe, rescale
 from dynat.data.splits import Splits
@@ -18,7 +18,7 @@ from dynat.methods import attacks
 from dynat.methods.batches import Batch
 from dynat.methods.step import Engine
 from dynat.methods.training import Training
-from dynat.networks.architectures import build, multiply_adds
+from dynat.networks.architectures import build
 
 PARAMS = load()
 CPU = torch.device("cpu")

@@ -8,8 +8,9 @@ import torch
 import torch.nn.functional as nnf
 from torch import Tensor, nn
 
+from benchmarks.train_step import multiply_adds
 from dynat.errors import UserError
-from dynat.networks.architectures import build, multiply_adds
+from dynat.networks.architectures import build
 
 Shapes = dict[str, tuple[int, ...]]
 
