@@ -17,9 +17,17 @@ def test_the_first_sample_is_the_highest_bit() -> None:
     assert encode([True] + [False] * 7 + [True]) == "8080"
 
 
-@pytest.mark.parametrize(("text", "n"), [("80", 9), ("8080", 8), ("ff", 7), ("zz", 8)])
-def test_text_that_cannot_hold_the_verdicts_is_refused(text: str, n: int) -> None:
-    with pytest.raises(ValueError, match=r"."):
+@pytest.mark.parametrize(
+    ("text", "n", "why"),
+    [
+        ("80", 9, "2 hexadecimal digits cannot hold the verdicts of 9 samples"),
+        ("8080", 8, "4 hexadecimal digits cannot hold the verdicts of 8 samples"),
+        ("ff", 7, "verdicts beyond the 7 samples"),
+        ("zz", 8, "invalid literal"),
+    ],
+)
+def test_text_that_cannot_hold_the_verdicts_is_refused(text: str, n: int, why: str) -> None:
+    with pytest.raises(ValueError, match=f"^{why}"):
         decode(text, n)
 
 
@@ -32,5 +40,17 @@ def test_interval_is_the_wilson_interval_of_scipy(count: int, n: int) -> None:
 def test_accuracy_counts_and_refuses_nothing_to_count() -> None:
     counted = accuracy([True, False, True, True])
     assert (counted["accuracy"], counted["robust"], counted["n"]) == (75.0, 3, 4)
-    with pytest.raises(ValueError, match="no samples"):
+    with pytest.raises(ValueError, match=r"^no samples to count$"):
         accuracy([])
+
+
+def test_accuracy_and_its_interval_are_percentages_with_four_decimals() -> None:
+    expected = binomtest(2, 3).proportion_ci(confidence_level=0.95, method="wilson")
+    low, high = (round(100 * share, 4) for share in expected)
+    assert accuracy([True, False, True]) == {
+        "accuracy": 66.6667,
+        "low": low,
+        "high": high,
+        "robust": 2,
+        "n": 3,
+    }

@@ -331,3 +331,15 @@ def test_evaluation_pgd_stays_in_the_ball_and_never_mends_what_it_broke(
         single = pgd(NETWORK, images, labels, start, spec, [steps], attacks.cross_entropy)
         assert torch.equal(single[0][1], found)
         before, broken = robust, found[~robust]
+
+
+def test_losses_of_an_attack_are_sums_over_its_samples() -> None:
+    logits = torch.tensor([[1.0, -2.0, 0.5], [0.0, 3.0, -1.0]], dtype=torch.float64)
+    natural, labels = logits.flip(0) / 2, torch.tensor([2, 0])
+    assert attacks.cross_entropy(labels)(logits).item() == pytest.approx(ce(logits, labels).sum().item())
+    assert attacks.kl_from(natural)(logits).item() == pytest.approx(kl(natural, logits).sum().item())
+
+
+def test_a_difficulty_at_the_threshold_still_moves_and_one_above_stops() -> None:
+    logits, labels = torch.tensor([[1.0, 1.0], [0.0, 1.0]]), torch.zeros(2, dtype=torch.long)
+    assert attacks.EarlyStop(labels, 0.0, 0)(logits).tolist() == [True, False]

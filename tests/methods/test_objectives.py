@@ -258,3 +258,12 @@ def test_weights_begin_at_their_epoch_and_carry_no_gradient(rule: str) -> None:
         found = weights_of(spec, logits, labels, kappa, epoch)
         assert not found.requires_grad
         assert found.std() > 0
+
+
+def test_the_adversarial_term_counts_whole_unless_alpha_says_otherwise() -> None:
+    adversarial, labels = torch.tensor([[2.0, -1.0]], dtype=torch.float64), torch.tensor([1])
+    logits = objectives.Logits(None, adversarial, None)
+    plain = objectives.target_loss(Objective(), logits, labels, labels)
+    assert plain.item() == pytest.approx(math.log(1 + math.exp(3)), rel=1e-12)
+    half = objectives.target_loss(Objective(), logits, labels, labels, alpha=0.5)
+    assert half.item() == pytest.approx(plain.item() / 2, rel=1e-12)
