@@ -278,7 +278,8 @@ def test_present_archive_that_differs_is_refused_and_not_overwritten(tmp_path: P
 
 
 def test_two_calls_at_once_download_once(tmp_path: Path, serve: Serve) -> None:
-    site = serve()
+    site = serve(stall=True)  # so that all of them are there before the first byte is
+    threading.Timer(0.5, site.released.set).start()
     with ThreadPoolExecutor() as pool:
         paths = list(pool.map(lambda _: fetch(NAME, MD5, None, [site.url], tmp_path / NAME), range(4)))
     assert paths == [tmp_path / NAME] * 4

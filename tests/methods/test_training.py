@@ -94,6 +94,7 @@ def test_batches_are_a_function_of_seed_and_epoch_and_hold_every_image_once() ->
         assert torch.equal(a.images, b.images)
         assert torch.equal(a.start, b.start)
     assert not torch.equal(again[0].images, other[0].images)
+    assert not torch.equal(again[0].start, other[0].start)
     assert [len(batch.truth) for batch in again] == [20, 20, 10]  # the last, smaller batch is kept
     counts = torch.bincount(torch.cat([batch.truth for batch in again]), minlength=4)
     assert torch.equal(counts, torch.bincount(run.data.train_labels, minlength=4))
