@@ -133,6 +133,29 @@ def test_a_change_of_the_last_bit_is_refused_with_the_first_step_that_differs(
     assert step in refused(repository, *TRAININGS)
 
 
+RESULTS = {
+    "prepare@digits": ("dynat/data/sources.py", "* 255 + 8) // 16", "* 255 + 7) // 16"),
+    "attack_dynat@digits-dynat-0": (
+        "dynat/evaluation/verdicts.py",
+        "round(100 * count / n, 4)",
+        "round(100 * count / n, 4) + 1",
+    ),
+    "tabulate": (
+        "dynat/paper/tables.py",
+        "weights of the best epoch on held-out data",
+        "weights of the best epoch",
+    ),
+}
+
+
+@pytest.mark.parametrize("stage", RESULTS)
+def test_another_result_of_any_other_stage_is_refused_with_what_differs(pipeline: Path, stage: str) -> None:
+    edit(pipeline, *RESULTS[stage])
+    line = refused(pipeline, stage)
+    assert line.startswith(f"refused, nothing touched: {stage}: ")
+    assert "differs from the recorded code's" in line
+
+
 def test_a_changed_function_that_nothing_executed_is_refused_by_name(repository: Path) -> None:
     edit(
         repository,
