@@ -3,7 +3,8 @@
 Both attack the same images with the same weights and seed, in the same chunks (the package draws its random
 numbers for a chunk), on as many cores: --threads of torch, which the project divides among its --workers.
 The plain run is that of the package's own example: the network as it is loaded, in eval mode, not frozen,
-contiguous, fp32. Every success that the project claims is checked again.
+contiguous, with PyTorch's defaults, so on CUDA with TF32 in convolutions. Every success that the project
+claims is checked again.
 
     python -m benchmarks.autoattack                                  # the digits network of the repository
     python -m benchmarks.autoattack --network resnet18-narrow --n 8  # sizes of CIFAR-10, random weights
@@ -61,7 +62,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     )
     machine = Machine(device=options.device or study.machine.device, instructions=study.machine.instructions)
     environment.pin(machine)
-    device = environment.device_of(machine)
+    device = environment.device_of(machine, "machine")
     case = _case(options, study, spec, device)
     print(_title(options, case, device))
     ratios = []
@@ -95,10 +96,13 @@ def plain(case: Case) -> "Tensor":
     spec = case.spec
     package = Package(network, eps=spec.epsilon, seed=spec.seed, device=case.images.device)
     robust = []
-    for first in range(0, len(case.images), spec.batch):
-        x, y = to_unit(case.images[first : first + spec.batch]), case.labels[first : first + spec.batch]
-        _, predicted = package.run_standard_evaluation(x, y, batch_size=spec.batch)
-        robust.append(predicted == y)
+    torch.set_deterministic_debug_mode("default")
+    with environment.convolutions(environment.precision_of("auto", case.images.device)):
+        for first in range(0, len(case.images), spec.batch):
+            x, y = to_unit(case.images[first : first + spec.batch]), case.labels[first : first + spec.batch]
+            _, predicted = package.run_standard_evaluation(x, y, batch_size=spec.batch)
+            robust.append(predicted == y)
+    torch.set_deterministic_debug_mode("error")
     return torch.cat(robust)
 
 
@@ -200,7 +204,9 @@ def _options(arguments: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of either run; default: the study's, or all cores")
     parser.add_argument("--workers", type=int, default=1, help="processes of the project on a CPU")
     parser.add_argument("--device", choices=("auto", "cpu", "cuda"), help="default: the study's")
-    parser.add_argument("--precision", choices=("fp32", "bf16"), help="of the project; default: the study's")
+    parser.add_argument(
+        "--precision", choices=("fp32", "tf32", "bf16"), help="of the project; default: the study's"
+    )
     parser.add_argument("--rounds", type=int, default=3, help="alternations")
     return parser.parse_args(arguments)
 

@@ -1,11 +1,14 @@
 """Speed of a training step: the project's engine against the algorithm as published, in one run.
 
 Both sides take the same batches in turn; a round's ratio is (time of the published step) / (time of the
-engine's), so that whatever else slows the machine slows both. Model FLOPs are two per multiply-add that the
-method needs (``work_per_image``). Peak: the best of several large matrix products in the
-engine's precision, measured in the same run.
+engine's), so that whatever else slows the machine slows both. The engine is set up as stage ``train`` does:
+deterministic, channels-last. The published step is what the authors' code gets from PyTorch's defaults:
+contiguous, kernels chosen by heuristics and on CUDA, where it is there, TF32 in convolutions. Model FLOPs
+are two per multiply-add that the method needs (``work_per_image``). Peak: the best of several large matrix
+products in the precision, measured in the same run.
 
     python -m benchmarks.train_step --network resnet18 --batch 32 --method dynat_inner
+    python -m benchmarks.train_step --network wrn34_10 --batch 128 --engines eager,graph --precisions bf16
     python -m benchmarks.train_step --costs            # every recipe's step relative to pgd_at
 """
 
@@ -15,19 +18,22 @@ import platform
 import statistics
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.published import STEPS, Published
-from dynat.config.params import load
-from dynat.config.recipe import Recipe
+from dynat.config.params import Machine, load
+from dynat.config.recipe import Precision, Recipe
 from dynat.methods.batches import Batch
+from dynat.methods.captured import WARM_UP, CapturedSteps
 from dynat.methods.step import Engine
 from dynat.networks.architectures import build
-from dynat.runtime.machine import precision_of
+from dynat.runtime import machine
 
 NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]] = {
     # target, guide, image; both ResNet-18 with the strides that DYNAT's code gives its guide
@@ -44,67 +50,128 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]]
     ),
 }
 CLASSES = 10
+# eager-graph: the graph of the eager step; graph: that of the step whose folded copy is compiled
+ENGINES = ("eager", "compiled", "eager-graph", "graph")
 Step = Callable[[Batch], object]
 
 
 def main() -> None:
     """Measure and print."""
     arguments = _arguments()
-    device = torch.device(arguments.device)
-    precision = precision_of(arguments.precision, device)
-    if arguments.threads:
-        torch.set_num_threads(arguments.threads)
-    _describe(device, precision, arguments)
+    machine.pin(Machine(device=arguments.device, threads=arguments.threads))
+    device = machine.device_of(Machine(device=arguments.device, threads=arguments.threads), "--device")
+    _describe(device, arguments)
     if arguments.costs:
-        costs(arguments, device, precision)
+        costs(arguments, device)
     else:
-        compare(arguments, device, precision)
+        compare(arguments, device)
 
 
-def compare(arguments: argparse.Namespace, device: torch.device, precision: torch.dtype) -> None:
-    """The published step and the engine's in turn."""
+@dataclass
+class Side:
+    """One way to take a step, and what its rounds took."""
+
+    name: str
+    precision: Precision
+    step: Step
+    published: bool = False
+    peak: int = 0  # bytes of the device's memory, beyond those in use before it was made
+    seconds: list[float] = field(default_factory=list)  # of a step, until the device has done it
+    host: list[float] = field(default_factory=list)  # until this process had handed it over
+
+
+def compare(arguments: argparse.Namespace, device: torch.device) -> None:
+    """The published step and those of the engine in turn."""
     method, size = arguments.method, arguments.batch
     recipe = load().recipes[method]
     if method not in STEPS:
         sys.exit(f"error: --method {method} has no transcription: choose one of {', '.join(STEPS)}")
     target, guide, shape = networks(arguments.network, recipe, device)
-    published = Published(method, recipe, copy.deepcopy(target), copy.deepcopy(guide))
-    engine = engine_of(recipe, target, guide, precision, arguments.compile)
-    steps: dict[str, Step] = {"published": published.step, "engine": engine.step}
-    if arguments.compile:
-        twins = copy.deepcopy(target), copy.deepcopy(guide)
-        steps["uncompiled"] = engine_of(recipe, *twins, precision).step
-    timed = Stopwatch(device, arguments.clock)
-    times: dict[str, list[float]] = {name: [] for name in steps}
-    data = batches(recipe, shape, size, 2, device)
-    for number in range(arguments.rounds + 1):
-        for name, step in steps.items():
-            seconds = timed(step, data[number % 2])
-            if number:  # the first round warms up
-                times[name].append(seconds)
-    ours = times.pop("engine")
-    seconds, flops = statistics.median(ours), 2 * work_per_image(engine, shape) * size
-    peak = matrix_peak(timed, device, precision)
-    for name, others in times.items():
-        ratios = sorted(a / b for a, b in zip(others, ours, strict=True))
+    timed, data = Stopwatch(device, arguments.clock), batches(recipe, shape, size, 2, device)
+    sides: list[Side] = []
+
+    def add(name: str, precision: Precision, make: Callable[[nn.Module, nn.Module | None], Step]) -> None:
+        """Make a side of its own copies, and take the steps after which it has all it needs."""
+        before = timed.memory()
+        side = Side(name, precision, make(copy.deepcopy(target), copy.deepcopy(guide)), name == "published")
+        with as_it_runs(side):
+            for number in range(WARM_UP + 2):
+                side.step(data[number % 2])
+        side.peak = timed.memory(peak=True) - before
+        sides.append(side)
+
+    published_in: Precision = machine.precision_of("auto", device)
+    add("published", published_in, lambda *both: Published(method, recipe, *both).step)
+    for precision in dict.fromkeys(machine.precision_of(each, device) for each in arguments.precisions):
+        for name in arguments.engines:
+            products = torch.bfloat16 if precision == "bf16" else torch.float32
+            compiled = name in ("compiled", "graph")
+
+            def make(
+                target: nn.Module,
+                guide: nn.Module | None,
+                name: str = name,
+                products: torch.dtype = products,
+                compiled: bool = compiled,
+            ) -> Step:
+                engine = engine_of(recipe, target, guide, products, compiled)
+                graph = name.endswith("graph") and device.type == "cuda"
+                return CapturedSteps(engine, size) if graph else engine.step
+
+            add(name, precision, make)
+    for _ in range(arguments.rounds):
+        for side in sides:
+            with as_it_runs(side):
+                host, seconds = timed.both(side.step, data[0], count=arguments.steps)
+            side.host.append(host)
+            side.seconds.append(seconds)
+    engine = engine_of(recipe, target, guide, torch.float32)
+    report(sides, 2 * work_per_image(engine, shape) * size, size, peaks(sides, timed, device))
+
+
+def peaks(sides: list[Side], timed: "Stopwatch", device: torch.device) -> dict[Precision, float]:
+    """FLOP/s of the best matrix product in each precision that a side has."""
+    return {
+        precision: matrix_peak(timed, device, precision) for precision in {each.precision for each in sides}
+    }
+
+
+def report(sides: list[Side], flops: int, size: int, peak: dict[Precision, float]) -> None:
+    """A line for each side: its rate, the ratio to the first with its spread, where the time goes."""
+    print(f"model {flops / size / 1e9:.3g} GFLOP/image; peak of a matrix product, TFLOP/s: ", end="")
+    print(", ".join(f"{name} {value / 1e12:.3g}" for name, value in sorted(peak.items())))
+    print("side           precision  images/s  ratio (of rounds)      ms/step  host ms  of peak  peak GiB")
+    for side in sides:
+        pairs = zip(sides[0].seconds, side.seconds, strict=True)
+        ratios = sorted(first / own for first, own in pairs)
+        seconds, host = statistics.median(side.seconds), statistics.median(side.host)
+        spread = f"{statistics.median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(
-            f"{name:10} {size / statistics.median(others):9.2f} images/s; engine's ratio to it "
-            f"{statistics.median(ratios):.2f} ({len(ratios)} rounds, {ratios[0]:.2f} to {ratios[-1]:.2f})"
+            f"{side.name:14} {side.precision:9} {size / seconds:9.1f}  {spread:21} {1e3 * seconds:8.2f} "
+            f"{1e3 * host:8.2f}  {flops / seconds / peak[side.precision]:6.1%}  {side.peak / 2**30:8.2f}",
+            flush=True,
         )
-    print(f"engine     {size / seconds:9.2f} images/s")
-    print(f"model      {flops / size / 1e9:9.2f} GFLOP/image")
-    print(f"peak       {peak / 1e9:9.1f} GFLOP/s, matrix product, {precision}")
-    print(f"floor      {flops / peak:9.3f} s/step; measured {seconds:.3f} s: {flops / seconds / peak:.1%}")
 
 
-def costs(arguments: argparse.Namespace, device: torch.device, precision: torch.dtype) -> None:
+@contextmanager
+def as_it_runs(side: Side) -> Iterator[None]:
+    """The switches of the process as the published code or a stage has them."""
+    torch.set_deterministic_debug_mode("default" if side.published else "error")
+    with machine.convolutions(side.precision):
+        yield
+    torch.set_deterministic_debug_mode("error")
+
+
+def costs(arguments: argparse.Namespace, device: torch.device) -> None:
     """The step of every recipe of params.yaml relative to pgd_at, past every burn-in."""
-    recipes = load().recipes
+    recipes, precision = load().recipes, machine.precision_of(arguments.precisions[0], device)
+    products = torch.bfloat16 if precision == "bf16" else torch.float32
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
     steps: dict[str, Step] = {}
     work, data = {}, {}
     for name, recipe in recipes.items():
         target, guide, shape = networks(arguments.network, recipe, device)
-        engine = engine_of(recipe, target, guide, precision)
+        engine = engine_of(recipe, target, guide, products)
         engine.set_epoch(recipe.schedule.epochs - 1)
         steps[name], work[name] = engine.step, work_per_image(engine, shape)
         data[name] = batches(recipe, shape, arguments.batch, 1, device)[0]
@@ -219,30 +286,50 @@ class Stopwatch:
 
     def __call__(self, step: Callable[..., object], *arguments: object) -> float:
         """Run ``step(*arguments)`` and return its seconds."""
+        return self.both(step, *arguments)[1]
+
+    def both(self, step: Callable[..., object], *arguments: object, count: int = 1) -> tuple[float, float]:
+        """Seconds of a ``step(*arguments)``: until it was handed over, until it was done; of ``count``."""
         self._synchronise()
         start = self.clock()
-        step(*arguments)
+        for _ in range(count):
+            step(*arguments)
+        host = self.clock() - start
         self._synchronise()
-        return self.clock() - start
+        return host / count, (self.clock() - start) / count
+
+    def memory(self, peak: bool = False) -> int:
+        """Bytes of the device's memory in use, or their ``peak`` since the last call without it; CPU: 0."""
+        if self.device.type != "cuda":
+            return 0
+        if peak:
+            return torch.cuda.max_memory_allocated(self.device)
+        torch.cuda.reset_peak_memory_stats(self.device)
+        return torch.cuda.memory_allocated(self.device)
 
     def _synchronise(self) -> None:
         if self.device.type == "cuda":
             torch.cuda.synchronize(self.device)
 
 
-def matrix_peak(timed: Stopwatch, device: torch.device, precision: torch.dtype) -> float:
+def matrix_peak(timed: Stopwatch, device: torch.device, precision: Precision) -> float:
     """FLOP/s of a large square matrix product, the best of ten."""
-    size = 8192 if device.type == "cuda" else 2048
-    a, b = (torch.randn(size, size, device=device).to(precision) for _ in range(2))
+    size = 8192 if device.type == "cuda" else 2048 if precision == "fp32" else 256  # in software
+    products = torch.bfloat16 if precision == "bf16" else torch.float32
+    a, b = (torch.randn(size, size, device=device).to(products) for _ in range(2))
+    torch.backends.cuda.matmul.allow_tf32 = precision == "tf32"
     timed(torch.mm, a, b)
-    return 2 * size**3 / min(timed(torch.mm, a, b) for _ in range(10))
+    best = min(timed(torch.mm, a, b) for _ in range(10))
+    torch.backends.cuda.matmul.allow_tf32 = False
+    return 2 * size**3 / best
 
 
-def _describe(device: torch.device, precision: torch.dtype, arguments: argparse.Namespace) -> None:
+def _describe(device: torch.device, arguments: argparse.Namespace) -> None:
     accelerator = torch.cuda.get_device_name(device) if device.type == "cuda" else "none"
     capability = torch.backends.cpu.get_cpu_capability()
     print(
-        f"{arguments.network}, batch {arguments.batch}, {precision}; {platform.machine()} {capability}, "
+        f"{arguments.method}, {arguments.network}, batch {arguments.batch}; {platform.machine()} "
+        f"{capability}, "
         f"{torch.get_num_threads()} threads, {arguments.clock} clock, accelerator {accelerator}; "
         f"torch {torch.__version__}, Python {platform.python_version()}"
     )
@@ -254,20 +341,23 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--batch", type=int, default=32)
     parser.add_argument("--method", default="dynat_inner", help="a recipe of params.yaml")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--precision", choices=("auto", "fp32", "bf16"), default="auto")
+    parser.add_argument("--precisions", type=listed, default=["auto"], help="of auto, fp32, tf32, bf16")
+    parser.add_argument("--engines", type=listed, default=["eager"], help=f"of {', '.join(ENGINES)}")
     parser.add_argument("--rounds", type=int, default=5)
+    parser.add_argument("--steps", type=int, default=1, help="of a round, before the device is waited for")
     parser.add_argument("--threads", type=int, help="of the CPU; default: all")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="see Stopwatch")
-    parser.add_argument(
-        "--compile",
-        action="store_true",
-        help="train.compile=true for the engine, and its ratio to that without",
-    )
     parser.add_argument("--costs", action="store_true", help="every recipe relative to pgd_at instead")
     arguments = parser.parse_args()
-    if arguments.costs and arguments.compile:
-        parser.error("--costs compiles nothing: leave out --compile")
+    for name, known in (("precisions", ("auto", "fp32", "tf32", "bf16")), ("engines", ENGINES)):
+        if unknown := set(getattr(arguments, name)).difference(known):
+            parser.error(f"--{name} {', '.join(sorted(unknown))}: choose of {', '.join(known)}")
     return arguments
+
+
+def listed(text: str) -> list[str]:
+    """The entries of a list with commas."""
+    return text.split(",")
 
 
 if __name__ == "__main__":

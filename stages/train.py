@@ -6,6 +6,7 @@ the losses of the first steps.
 """
 
 import sys
+import time
 from typing import TYPE_CHECKING
 
 from dynat.errors import DivergedError, UserError
@@ -51,14 +52,24 @@ def _train(
 
     params = {**training.recipe.model_dump(), "seed": run.seed}
     progress = training.progress
-    if progress.epoch:
+    if progress.epoch or progress.losses:
         record.values["resumed_from_epoch"] = progress.epoch
-        print(f"resumed after epoch {progress.epoch - 1}")
+        print(f"resumed in {_place(training)}")
     with Tracker(run.setting, f"{run.method}-{run.seed}", {"stage": "train"}, params) as tracker:
         tracker.begin(store.token, progress.history)
 
+        saved = time.monotonic()
+
+        def after_step() -> bool:
+            """Save the state where it is due; whether to leave."""
+            nonlocal saved
+            stop = distributed.anyone(asked())
+            if stop or time.monotonic() - saved >= 60 * run.params.save_minutes:
+                store.save("state", training.state())
+                saved = time.monotonic()
+            return stop
+
         def after_epoch(row: dict[str, float]) -> None:
-            store.save("state", training.state())
             tracker.metrics(row)
             print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
 
@@ -67,7 +78,7 @@ def _train(
             try:
                 done = training.run(
                     after_epoch,
-                    lambda: distributed.anyone(asked()),
+                    after_step,
                     lambda batches, count: watched(batches, f"{label} {progress.epoch + 1}", count),
                 )
             except DivergedError as error:
@@ -75,9 +86,13 @@ def _train(
         distributed.leave()
         if not done:
             tracker.finish("KILLED")
-            print(f"stopped; epoch {progress.epoch} starts again at the next run", file=sys.stderr)
+            print(f"stopped; goes on in {_place(training)} at the next run", file=sys.stderr)
             return INTERRUPTED
-        training.write(run.path("models"), metadata)
+        try:
+            training.write(run.path("models"), metadata)
+        except UserError:
+            store.save("state", training.state())  # it may be longer ago than the disk has been full
+            raise
         model = sha256(run.path("models") / "target.safetensors")
         tracker.tags({"model.sha256": model})
         record.values["precision"] = training.precision
@@ -85,6 +100,11 @@ def _train(
         record.write(device, distributed.size(), store.resumed, model, tracker.finish())
         store.clear()  # the very last: until then a kill costs no epoch
     return 0
+
+
+def _place(training: "Training") -> str:
+    progress = training.progress
+    return f"epoch {progress.epoch}, after {len(progress.losses)} of {training.steps_per_epoch} steps"
 
 
 if __name__ == "__main__":

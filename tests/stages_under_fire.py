@@ -64,6 +64,7 @@ def write_params(folder: Path, **changes: Any) -> None:
     """params.yaml with the one study ``mini`` selected; ``train__lr=1`` changes its ``train.lr``."""
     params = yaml.safe_load((ROOT / "params.yaml").read_text(encoding="utf-8"))
     params["settings"] = ["mini"]
+    params["save_minutes"] = 0  # after every step, for a kill to come between two of them
     params["study"]["mini"] = json.loads(json.dumps(STUDY))
     for path, value in changes.items():
         *sections, key = path.split("__")
@@ -76,6 +77,12 @@ def write_params(folder: Path, **changes: Any) -> None:
     }
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "params.yaml").write_text(json.dumps(params, indent=1), encoding="utf-8")  # JSON is YAML
+
+
+def resumed_after(said: str) -> int:
+    """The last epoch of which a training found all steps when it went on; -1 if there was none."""
+    found = re.search(r"^resumed in epoch (\d+), after (\d+) of (\d+) steps$", said, re.MULTILINE)
+    return -1 if found is None else int(found[1]) - (found[2] != found[3])
 
 
 def hashes(*parts: Path) -> dict[str, str]:

@@ -19,7 +19,7 @@ from dynat.errors import UserError
 from dynat.evaluation import whitebox
 from dynat.evaluation.verdicts import decode
 from dynat.methods import attacks
-from dynat.methods.setup import set_up
+from dynat.methods.setup import is_compiled, set_up
 from dynat.networks.weights import load_network, load_weights
 from dynat.runtime.files import read_csv, read_json, sha256
 from dynat.runtime.machine import device_of, fingerprint
@@ -152,8 +152,10 @@ def replay(printed: Printed, run: str, steps: int) -> list[Link]:
     now = _losses(Run(setting, method, int(seed), printed.params), len(recorded))
     pairs = [(float(row[n]), losses[n]) for row, losses in zip(recorded, now, strict=True) for n in losses]
     gaps = [abs(one - two) / max(abs(two), 1e-12) for one, two in pairs]
-    machine = fingerprint(device_of(study.machine, f"study.{setting}.machine")).items()
-    same = machine <= record.get("hardware", {}).items() and not study.train.compile
+    device = device_of(study.machine, f"study.{setting}.machine")
+    machine = fingerprint(device).items()
+    compiled = is_compiled(study, printed.params.recipe(setting, method), device.type)
+    same = machine <= record.get("hardware", {}).items() and not compiled
     kind = "on the same kind of machine" if same else f"compiled anew or elsewhere, tolerance {TOLERANCE:g}"
     first = f"the first {len(recorded)} steps"
     worst = max(gaps, default=0.0)

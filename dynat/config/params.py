@@ -11,7 +11,7 @@ from pydantic import Field, ValidationError, model_validator
 
 from dynat.config import yaml_files
 from dynat.config.fields import Count, Index, KeyedError, NonNegative, Radius, Section, check_known, describe
-from dynat.config.recipe import Recipe, Train, rescale
+from dynat.config.recipe import Precision, Recipe, Train, rescale
 from dynat.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
@@ -91,6 +91,8 @@ class Attack(Section):
     n: Count | None = None  # first n test images; null: all
     batch: Count = 200
     seed: Index = 0
+    # of crafting, every success verified in fp32; auto: tf32 on CUDA, else fp32
+    precision: Precision | Literal["auto"] = "auto"
 
 
 class AutoAttack(Section):
@@ -101,7 +103,8 @@ class AutoAttack(Section):
     batch: Count = 200  # also the size of a resumable chunk
     seed: Index = 0
     workers: Annotated[Count, Field(le=256)] = 1  # processes on a CPU; no verdict depends on it
-    precision: Literal["fp32", "bf16"] = "fp32"  # bf16: crafted in bf16, every success verified in fp32
+    # of APGD's first try, every success verified in fp32 and who survives it attacked again in fp32
+    precision: Precision = "fp32"
 
 
 class Machine(Section):
@@ -130,8 +133,9 @@ class Study(Section):
             raise KeyedError("train.std", "give mean and std together, each with one number per channel")
         for kind in ("attack", "autoattack") if self.data.test else ():
             self.check_test_images(kind, self.data.test or 0)
-        if self.train.compile and self.machine.instructions:
-            raise KeyedError("train.compile", "true cannot keep bits; set machine.instructions=null with it")
+        if self.train.engine != "eager" and self.machine.instructions:
+            reason = f"{self.train.engine} cannot keep bits; set machine.instructions=null with it"
+            raise KeyedError("train.engine", reason)
         return self
 
     def check_test_images(self, kind: str, available: int) -> None:
@@ -150,6 +154,7 @@ class Params(Section):
     seeds: Annotated[list[Index], Field(min_length=1)]
     alpha: NonNegative | None = None
     launch: str = "python"
+    save_minutes: NonNegative = 10.0  # of work that a kill may cost a training; 0: its last step
     study: Annotated[dict[Name, Study], Field(min_length=1)]
     recipes: Annotated[dict[Name, Recipe], Field(min_length=1)]
 

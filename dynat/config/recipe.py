@@ -20,6 +20,8 @@ from dynat.config.fields import (
     Section,
 )
 
+Precision = Literal["fp32", "tf32", "bf16"]  # of convolutions and linear layers; tf32 of convolutions alone
+
 
 class Stop(Section):
     """Early stop of the inner loop, per sample (FAT, Zhang et al. 2020; SAT, Sitawarin et al. 2021).
@@ -209,8 +211,12 @@ class Train(Section):
     flip: bool = True
     mean: list[Number] | None = None  # one entry per channel, like std
     std: list[Positive] | None = None
-    precision: Literal["auto", "fp32", "bf16"] = "auto"
-    compile: bool = False  # the network that an eval-mode inner attack forwards, by torch.compile
+    precision: Precision | Literal["auto"] = "auto"  # auto: tf32 on CUDA, else fp32
+    # compiled: what an eval-mode inner attack forwards, by torch.compile; graph: that, and on a single CUDA
+    # device a whole step as one CUDA graph
+    engine: Literal["eager", "compiled", "graph"] = "eager"
+    # first n images of the training and of the test set that are looked at after an epoch; null: all of test
+    monitored: Count | None = None
     validation_steps: Count = 10  # PGD steps of the robust accuracy that chooses the checkpoint
 
 

@@ -4,9 +4,10 @@ A chunk is one of the four attacks on one batch of consecutive test images, thos
 robust. The package's own resume cannot be used (it refuses every state file it wrote), and its randomness
 depends on seed and batch, so both are parameters and batches are cut by index.
 
-Images are crafted with a faster equal of the network (``networks.folded``), in bf16 where the study asks for
-it; every verdict is the float32 network's own, as stored. What it does not confirm is attacked again with the
-next network, at last with itself.
+Images are crafted with a faster equal of the network (``networks.folded``); every verdict is the float32
+network's own, as stored. What it does not confirm is attacked again with itself. With a precision below fp32
+the two APGD attacks are tried in it first, and who survives that is attacked as without: a sample that is
+robust has withstood the whole float32 attack.
 """
 
 import logging
@@ -26,8 +27,9 @@ from dynat.evaluation.evidence import Evidence, clean, join, predict
 from dynat.evaluation.square import Square
 from dynat.evaluation.verdicts import accuracy
 from dynat.methods.attacks import project
-from dynat.networks.folded import fold, mixed
+from dynat.networks.folded import crafting_copy, fold
 from dynat.runtime import distributed
+from dynat.runtime.machine import convolutions, precision_of
 from dynat.runtime.workers import Say, share
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
@@ -42,7 +44,7 @@ def evaluate_selected(networks: TrainedNetworks, spec: AutoAttack, chunks: Chunk
     evidence, warnings = evaluate(network, networks.images[:count], networks.labels[:count], spec, chunks)
     robust = evidence[STANDARD[-1]].robust.tolist()
     union = {f"n{n}": accuracy(robust[:n]) for n in spec.n}
-    precision = "fp32" if spec.precision == "fp32" else "mixed"
+    precision = precision_of(spec.precision, networks.images.device)
     header = {"best_epoch": epoch, "precision": precision, "warnings": warnings}
     return Evaluation({"best": evidence}, header, union)
 
@@ -58,7 +60,7 @@ def evaluate(
     """
     chunks = chunks or Chunks()
     ensemble = Ensemble(network, to_unit(images[:1]), spec)
-    for each in ensemble.crafting[:-1]:  # copies of this evaluation's own
+    for each in ensemble.copies:  # this evaluation's own
         chunks.watch(each)
 
     def attack(first: int, say: Say) -> tuple[dict[str, Evidence], list[str]]:
@@ -101,16 +103,28 @@ class Ensemble:
 
     def __init__(self, network: nn.Module, x: Tensor, spec: AutoAttack) -> None:
         self.network, self.spec = network, spec
-        fast = [fold(network)] if spec.precision == "fp32" else [mixed(network), fold(network)]
-        self.crafting = [*fast, network]  # the last for samples that only the copies misread
+        self.precision = precision_of(spec.precision, x.device)
         with torch.no_grad():
             classes = int(network(x).shape[1])
+
         options = {"norm": "Linf", "eps": spec.epsilon, "seed": spec.seed, "version": "standard"}
-        self.packages = [Package(each, device=x.device, **options) for each in self.crafting]
-        for package in self.packages:
-            for targeted in (package.apgd_targeted, package.fab):  # nine, where there are so many others
+
+        def package(crafting: nn.Module) -> Package:
+            made = Package(crafting, device=x.device, **options)
+            for targeted in (made.apgd_targeted, made.fab):  # nine, where there are so many others
                 targeted.n_target_classes = min(targeted.n_target_classes, classes - 1)
-            package.square = Square(package.square)
+            made.square = Square(made.square)
+            return made
+
+        exact = fold(network)
+        self.packages = [
+            package(exact),
+            package(network),
+        ]  # the second for who only the copy misreads
+        self.copies, self.reduced = [exact], None
+        if self.precision != "fp32":
+            self.copies.append(crafting_copy(network, self.precision))
+            self.reduced = package(self.copies[-1])
         self.attacks, self.warnings = list(STANDARD), list[str]()
         if classes < FEWEST_FOR_DLR:
             self.attacks.remove("apgd-t")
@@ -119,24 +133,33 @@ class Ensemble:
     def attack(self, name: str, x: Tensor, y: Tensor, robust: Tensor) -> Chunk:
         """Attack those of ``x`` float32 [B,C,H,W], labels ``y`` int64 [B], that are ``robust``, a bool [B].
 
-        The first package attacks them all, the next those whose success the network did not confirm. The
+        The folded copy's attack is on them all, the network's on those whose success it did not confirm. The
         chunk holds which samples are ``broken``, int64 [b], by which ``images``, and the ``warnings``.
         """
         where = robust.nonzero().squeeze(1)
         broken, images = [where[:0]], [x[:0]]
+
+        def run(package: Package) -> tuple[Tensor, Tensor]:
+            """Of those ``where``: for whom the package claims a success, for whom the network confirms it."""
+            package.attacks_to_run = [name]
+            natural, labels, batch = x[where], y[where], self.spec.batch
+            adversarial, predicted = package.run_standard_evaluation(natural, labels, batch_size=batch)
+            # rounding may leave the ball by one ulp
+            adversarial = project(adversarial, natural, self.spec.epsilon)
+            confirmed = predict(self.network, adversarial) != labels
+            broken.append(where[confirmed])
+            images.append(adversarial[confirmed])
+            return predicted != labels, confirmed
+
         with _warnings() as warnings:
+            if self.reduced is not None and name.startswith("apgd") and len(where):
+                with convolutions(self.precision):
+                    _, confirmed = run(self.reduced)
+                where = where[~confirmed]
             for package in self.packages:
-                if not len(where):
-                    break
-                package.attacks_to_run = [name]
-                natural, labels, batch = x[where], y[where], self.spec.batch
-                adversarial, predicted = package.run_standard_evaluation(natural, labels, batch_size=batch)
-                # rounding may leave the ball by one ulp
-                adversarial = project(adversarial, natural, self.spec.epsilon)
-                confirmed = predict(self.network, adversarial) != labels
-                broken.append(where[confirmed])
-                images.append(adversarial[confirmed])
-                where = where[(predicted != labels) & ~confirmed]
+                if len(where):
+                    claimed, confirmed = run(package)
+                    where = where[claimed & ~confirmed]
         return {"broken": torch.cat(broken).cpu(), "images": torch.cat(images).cpu(), "warnings": warnings}
 
 

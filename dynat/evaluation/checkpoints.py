@@ -1,6 +1,7 @@
 """The white-box attacks on both checkpoints of a method, and checks that their accuracies can be trusted."""
 
 from dataclasses import replace
+from typing import Any
 
 from dynat.config.params import Attack
 from dynat.evaluation.chunks import Chunk, Chunks
@@ -8,6 +9,7 @@ from dynat.evaluation.evaluate import Evaluation, TrainedNetworks
 from dynat.evaluation.sanity import SAMPLES, check
 from dynat.evaluation.whitebox import ATTACKS, evaluate
 from dynat.runtime import distributed
+from dynat.runtime.machine import precision_of
 
 CHECKPOINTS = (("best", "target", ATTACKS), ("last", "target.last", ("pgd",)))
 
@@ -15,13 +17,15 @@ CHECKPOINTS = (("best", "target", ATTACKS), ("last", "target.last", ("pgd",)))
 def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks) -> Evaluation:
     """Attack the selected checkpoint with everything in ``spec`` and the last one with PGD."""
     images, labels = networks.images[: spec.n], networks.labels[: spec.n]
-    evidence, epochs = {}, {}
+    evidence, header = {}, dict[str, Any]()
+    if (precision := precision_of(spec.precision, images.device)) != "fp32":
+        header["precision"] = precision
     for checkpoint, name, attacks in CHECKPOINTS:
-        network, epochs[f"{checkpoint}_epoch"] = networks.load(name)
+        network, header[f"{checkpoint}_epoch"] = networks.load(name)
         own = replace(chunks, prefix=f"{checkpoint} ")
         evidence[checkpoint] = evaluate(network, images, labels, spec, attacks, own)
     if distributed.rank() > 0:
-        return Evaluation(evidence, epochs)
+        return Evaluation(evidence, header)
 
     def sanity() -> Chunk:
         network, _ = networks.load("target")
@@ -33,4 +37,4 @@ def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks
         return check(network, guide, images, labels, spec, evidence["best"])
 
     chunks.expect(1)
-    return Evaluation(evidence, epochs, sanity=chunks.get(f"sanity 0-{min(SAMPLES, len(images))}", sanity))
+    return Evaluation(evidence, header, sanity=chunks.get(f"sanity 0-{min(SAMPLES, len(images))}", sanity))

@@ -7,6 +7,8 @@ from typing import Self
 import torch
 from torch import Tensor, nn
 
+from dynat.runtime.machine import convolutions
+
 
 @dataclass(frozen=True)
 class Evidence:
@@ -43,8 +45,9 @@ def join(parts: Sequence[Evidence], device: torch.device) -> Evidence:
 
 @torch.no_grad()
 def predict(network: nn.Module, x: Tensor) -> Tensor:
-    """Predicted classes int64 [B] of images float32 [B,C,H,W]; the network must be in eval mode."""
+    """Classes int64 [B] that ``network``, in eval mode, predicts in float32 of images float32 [B,C,H,W]."""
     assert not network.training, "evaluation needs eval mode, or verdicts depend on the batch"
     if not len(x):
         return torch.zeros(0, dtype=torch.long, device=x.device)
-    return network(x).argmax(1)
+    with convolutions("fp32"):  # also where images are being crafted in another precision
+        return network(x).argmax(1)

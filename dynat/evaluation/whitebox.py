@@ -1,12 +1,12 @@
 """The white-box attacks of an evaluation: FGSM, PGD, C&W and APGD-CE.
 
-Evaluation is float32 in eval mode. Constants and freezing as in the published evaluator (docs/methods.md
+Evaluation is in eval mode. Constants and freezing as in the published evaluator (docs/methods.md
 3.4): a sample stays where it is as soon as it is misclassified, so it needs no further forward, and PGD-10,
 -20, -50 and -100 are read off one trajectory. Unlike there, a sample that is wrong when clean counts as
 broken by every attack; the published one starts from its noisy image, which may happen to be right. A
 sample's random start depends on (seed, its index) alone: verdicts do not depend on the batch size. Gradients
-are those of the folded network (``networks.folded``), and no sample counts as broken before the network
-itself, as stored, misclassifies its image.
+are those of the folded network (``networks.folded``) in ``attack.precision``, and no sample counts as broken
+before the network itself, as stored and in float32, misclassifies its image.
 """
 
 import hashlib
@@ -22,7 +22,8 @@ from dynat.data.splits import to_unit
 from dynat.evaluation.chunks import Chunk, Chunks
 from dynat.evaluation.evidence import Evidence, clean, join, predict
 from dynat.methods import attacks as engine
-from dynat.networks.folded import fold
+from dynat.networks.folded import crafting_copy
+from dynat.runtime.machine import convolutions, precision_of
 
 ATTACKS = ("fgsm", "pgd", "cw", "apgd-ce")
 
@@ -45,7 +46,8 @@ def evaluate(
     """
     chunks = chunks or Chunks()
     indices = torch.arange(len(images), device=images.device) if indices is None else indices
-    crafting = fold(network)
+    precision = precision_of(spec.precision, images.device)
+    crafting = crafting_copy(network, precision)
     chunks.watch(crafting)  # a copy of this evaluation's own
 
     def attack(part: slice) -> Chunk:
@@ -54,8 +56,10 @@ def evaluate(
         where = natural.robust.nonzero().squeeze(1)
         noise = sample_noise(x[where], spec.seed, indices[part][where])
         found = {"clean": natural}
-        for name, adversarial, robust in _attack(network, crafting, x[where], y[where], noise, spec, attacks):
-            found[name] = natural.with_broken(where[~robust], adversarial[~robust])
+        with convolutions(precision):
+            crafted = _attack(network, crafting, x[where], y[where], noise, spec, attacks)
+            for name, adversarial, robust in crafted:
+                found[name] = natural.with_broken(where[~robust], adversarial[~robust])
         return {name: vars(each.counted_from(part.start)) for name, each in found.items()}
 
     def kept(first: int) -> Chunk:
@@ -92,7 +96,8 @@ def _attack(
         adversarial = apgd(crafting, x, y, noise, spec)
         robust = predict(network, adversarial) == y
         only = (robust & (predict(crafting, adversarial) != y)).nonzero().squeeze(1)
-        again = apgd(network, x[only], y[only], noise[only], spec)  # APGD stops where the copy alone errs
+        with convolutions("fp32"):  # APGD stops where the copy alone errs
+            again = apgd(network, x[only], y[only], noise[only], spec)
         adversarial = adversarial.index_copy(0, only, again)
         yield "apgd-ce", adversarial, predict(network, adversarial) == y
 

@@ -75,7 +75,7 @@ class InnerMaximisation:
         if self.fold:
             self.folded = Folded(self.target, self.precision)
             if self.compiled:
-                torch._dynamo.reset()  # its limit of compilations is one for all networks of a process
+                torch._dynamo.config.recompile_limit = 64  # one limit for all networks of a process
                 self.folded.network.compile(dynamic=False, fullgraph=True)
             return self.folded
 
@@ -92,15 +92,18 @@ def autocast(device: torch.device, precision: torch.dtype) -> AbstractContextMan
 
 
 def early_stop(rule: Stop | None, labels: Tensor, epoch: int) -> attacks.EarlyStop | None:
-    """The early stop of ``epoch``: FAT's tau is a step function of it, SAT's threshold a linear ramp.
+    """The early stop of ``epoch`` against ``labels`` int64 [B]."""
+    return None if rule is None else attacks.EarlyStop(labels, *threshold_and_budget(rule, epoch))
+
+
+def threshold_and_budget(rule: Stop, epoch: int) -> tuple[float, int]:
+    """SAT's threshold is a linear ramp over the epochs, FAT's tau a step function of them.
 
     Sources: docs/methods.md, sections 7 and 8.
     """
-    if rule is None:
-        return None
     first, last = rule.threshold
     progress = min(1.0, epoch / rule.ramp_until) if rule.ramp_until else 1.0
-    return attacks.EarlyStop(labels, first + (last - first) * progress, int(latest(rule.budget, epoch, 0)))
+    return first + (last - first) * progress, int(latest(rule.budget, epoch, 0))
 
 
 def latest(table: dict[int, float] | dict[int, int], epoch: int, default: float) -> float:

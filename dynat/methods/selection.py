@@ -28,7 +28,7 @@ def refuse_setting(params: Params, setting: str) -> None:
             raise UserError(f"{section}.{error}") from None
     for method in (*params.baselines, *params.variants):
         recipe = params.recipe(setting, method)
-        if is_compiled(study, recipe):
-            cuda = study.machine.device != "cpu" and torch.cuda.is_available()
-            machine.compiler(f"{section}.train.compile", torch.device("cuda" if cuda else "cpu"))
+        device = "cuda" if study.machine.device != "cpu" and torch.cuda.is_available() else "cpu"
+        if is_compiled(study, recipe, device):
+            machine.compiler(f"{section}.train.engine", torch.device(device))
         refuse_training(study, recipe, section, known, processes)

@@ -71,8 +71,8 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
     """
     study, recipe = run.study, run.params.recipe(run.setting, run.method)
     device = machine.device_of(study.machine, f"study.{run.setting}.machine")
-    compiled = is_compiled(study, recipe)
-    compiler = machine.compiler(f"study.{run.setting}.train.compile", device) if compiled else "none"
+    compiled = is_compiled(study, recipe, device.type)
+    compiler = machine.compiler(f"study.{run.setting}.train.engine", device) if compiled else "none"
     distributed.join(device)
     source = Path("data", f"{run.setting}.safetensors")
     data = load(source, device)
@@ -95,13 +95,15 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
             "code": code_key("train"),
             "processes": str(distributed.size()),
             "compiler": compiler,
-            "precision": str(precision),
+            "precision": precision,
             **machine.fingerprint(device),
         }
     )
     fold = study.machine.instructions is None  # where bits are pinned, the plain arithmetic
-    engine = Engine(recipe, networks["target"], networks.get("guide"), precision, fold, compiled)
-    return Training(engine, study.train, data, run.seed), metadata, key
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"  # for all of this process, which only trains
+    products = torch.bfloat16 if precision == "bf16" else torch.float32
+    engine = Engine(recipe, networks["target"], networks.get("guide"), products, fold, compiled)
+    return Training(engine, study.train, data, run.seed, precision), metadata, key
 
 
 def _forward(network: nn.Module, x: Tensor) -> None:
@@ -124,9 +126,10 @@ def _forward(network: nn.Module, x: Tensor) -> None:
         x = layer(x)
 
 
-def is_compiled(study: Study, recipe: Recipe) -> bool:
-    """Whether ``torch.compile`` makes what the inner attack forwards."""
-    return study.train.compile and recipe.inner.mode == "eval" and recipe.inner.steps > 0
+def is_compiled(study: Study, recipe: Recipe, device_type: str) -> bool:
+    """Whether ``torch.compile`` makes what the inner attack forwards on a "cuda" or "cpu" device."""
+    asked = study.train.engine == "compiled" or (study.train.engine == "graph" and device_type == "cuda")
+    return asked and recipe.inner.mode == "eval" and recipe.inner.steps > 0
 
 
 def _networks(study: Study, recipe: Recipe) -> dict[str, Network]:

@@ -14,10 +14,10 @@ from torch import Tensor, nn
 from dynat.config.recipe import Recipe
 from dynat.methods import objectives
 from dynat.methods.batches import Batch
-from dynat.methods.inner import InnerMaximisation, autocast, latest
+from dynat.methods.inner import InnerMaximisation, autocast, latest, threshold_and_budget
 from dynat.methods.objectives import Logits
 from dynat.methods.perturbation import direction, perturbable, perturbed
-from dynat.networks.statistics import effective_momenta, statistics
+from dynat.networks.statistics import count_on_host, effective_momenta, statistics
 from dynat.runtime import distributed
 
 
@@ -27,6 +27,26 @@ class StepLosses(NamedTuple):
     target_loss: Tensor
     guide_loss: Tensor
     guide_correct: Tensor  # how many samples of the batch the guide classifies correctly
+
+
+class Constants(NamedTuple):
+    """All in which a step of one epoch may differ from one of another: equal constants, equal steps."""
+
+    lr: float
+    weighted: bool  # past the burn-in of choice 4
+    perturbed: bool  # past that of choice 5
+    stop: tuple[float, int]  # threshold and budget of the early stop
+
+
+def constants(recipe: Recipe, epoch: int) -> Constants:
+    """The constants of a step in ``epoch`` (0-indexed)."""
+    schedule, awp, stop = recipe.schedule, recipe.awp, recipe.inner.stop
+    rate = schedule.lr * latest(schedule.drops, epoch, 1.0)
+    if epoch == 0 and schedule.first_epoch_lr is not None:
+        rate = schedule.first_epoch_lr
+    weighted = recipe.weights.rule != "uniform" and epoch >= recipe.weights.begin
+    perturbed = awp is not None and epoch >= awp.begin
+    return Constants(rate, weighted, perturbed, threshold_and_budget(stop, epoch) if stop else (0.0, 0))
 
 
 class Engine:
@@ -47,10 +67,12 @@ class Engine:
     ) -> None:
         if recipe.needs_guide and guide is None:
             raise ValueError("the recipe needs a guide")
-        self.recipe, self.target, self.guide, self.precision = recipe, target, guide, precision
+        self.recipe, self.target, self.guide = recipe, target, guide
+        self.precision, self.fold = precision, fold
         self.networks = {"target": target} | ({} if guide is None else {"guide": guide})
         self.parameters = [each for network in self.networks.values() for each in network.parameters()]
         self.device = self.parameters[0].device
+        self.counters = [counter for each in self.networks.values() for counter in count_on_host(each)]
         self.optimizer = torch.optim.SGD(
             self.parameters,
             lr=recipe.schedule.lr,
@@ -73,11 +95,8 @@ class Engine:
 
     def set_epoch(self, epoch: int) -> None:
         """Set the learning rate of ``epoch`` (0-indexed) and remember it for schedules and burn-ins."""
-        schedule = self.recipe.schedule
-        rate = schedule.lr * latest(schedule.drops, epoch, 1.0)
-        if epoch == 0 and schedule.first_epoch_lr is not None:
-            rate = schedule.first_epoch_lr
-        self.optimizer.param_groups[0]["lr"] = rate
+        self.constants = constants(self.recipe, epoch)
+        self.optimizer.param_groups[0]["lr"] = self.constants.lr
         self.epoch = epoch
 
     def step(self, batch: Batch) -> StepLosses:
@@ -145,7 +164,7 @@ class Engine:
     ) -> AbstractContextManager[None]:
         """Choice 5 in the epochs that have it: the target's weights at w + v (docs/methods.md, 3.2 and 9)."""
         awp = self.recipe.awp
-        if awp is None or self.epoch < awp.begin:
+        if awp is None or not self.constants.perturbed:
             return nullcontext()
         objective = awp.objective
         buffers_of_its_own = statistics(self.target, 0.0, 0)  # as the published proxy has them

@@ -4,18 +4,21 @@ import math
 import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
+from itertools import islice
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynat.config.recipe import Train
+from dynat.config.recipe import Precision, Train
 from dynat.data.splits import Splits, to_unit
 from dynat.errors import DivergedError
 from dynat.methods import attacks
 from dynat.methods.batches import Batch, batches, generator
+from dynat.methods.captured import CapturedSteps
 from dynat.methods.step import Engine, StepLosses
+from dynat.networks.folded import Folded
 from dynat.networks.weights import save_weights
 from dynat.runtime import distributed
 from dynat.runtime.files import write_csv
@@ -32,6 +35,7 @@ class Progress:
     """What a training has reached: all of its resume state beside networks and optimiser."""
 
     epoch: int = 0  # epochs done
+    losses: list[StepLosses] = field(default_factory=list)  # of the steps done in the epoch after them
     history: list[Row] = field(default_factory=list)
     trace: list[Row] = field(default_factory=list)
     best_epoch: int = -1
@@ -41,39 +45,51 @@ class Progress:
 class Training:
     """One training of a recipe on a data set, resumable.
 
-    ``networks`` are those that it trains, "target" and "guide"; ``precision`` is "fp32" or "bf16".
+    ``networks`` are those that it trains, "target" and "guide"; ``precision`` is what the engine and the
+    process compute in, by name.
     """
 
-    def __init__(self, engine: Engine, train: Train, data: Splits, seed: int) -> None:
+    def __init__(
+        self, engine: Engine, train: Train, data: Splits, seed: int, precision: Precision = "fp32"
+    ) -> None:
         self.engine, self.train, self.data, self.seed = engine, train, data, seed
         self.recipe, self.networks, self.progress = engine.recipe, engine.networks, Progress()
-        self.precision = "fp32" if engine.precision == torch.float32 else "bf16"
+        self.precision = precision
+        self.folded: dict[str, Folded] = {}  # what is looked at after an epoch, since the first
+        one_gpu = engine.device.type == "cuda" and distributed.size() == 1
+        captured = train.engine == "graph" and one_gpu
+        self.step = CapturedSteps(engine, train.batch) if captured else engine.step
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, a function of (seed, epoch) alone; this process's slice of each."""
         return batches(self.data, self.recipe, self.train, self.seed, epoch)
 
+    @property
+    def steps_per_epoch(self) -> int:
+        """How many batches an epoch has."""
+        return math.ceil(len(self.data.train_images) / self.train.batch)
+
     def run(
         self,
         after_epoch: Callable[[Row], None],
-        stopped: Callable[[], bool] = lambda: False,
+        after_step: Callable[[], bool] = lambda: False,
         watch: Callable[[Iterator[Batch], int], Iterator[Batch]] = lambda batches, _: batches,
     ) -> bool:
-        """Train to the last epoch; returns False if ``stopped`` asked to leave after a batch.
+        """Train to the last epoch; returns False if ``after_step`` asked to leave.
 
-        ``after_epoch`` gets each history row once the epoch counts as done; ``watch`` may wrap an epoch's
-        batches and their number, for a progress bar. Raises :class:`DivergedError` on a loss that is not
-        finite, and on a target that has collapsed to chance.
+        ``after_epoch`` gets each history row once the epoch counts as done; ``watch`` may wrap the batches
+        that an epoch still has and their number, for a progress bar. Raises :class:`DivergedError` on a loss
+        that is not finite, and on a target that has collapsed to chance.
         """
-        count = math.ceil(len(self.data.train_images) / self.train.batch)
         while self.progress.epoch < self.recipe.schedule.epochs:
-            losses = []
+            done = len(self.progress.losses)
             self.engine.set_epoch(self.progress.epoch)
-            for batch in watch(self.batches(self.progress.epoch), count):
-                losses.append(self.engine.step(batch))
-                if stopped():
+            left = islice(self.batches(self.progress.epoch), done, None)  # drawn in order, so those too
+            for batch in watch(left, self.steps_per_epoch - done):
+                self.progress.losses.append(self.step(batch))
+                if after_step():
                     return False
-            after_epoch(self.close_epoch(losses))
+            after_epoch(self.close_epoch(self.progress.losses))
         return True
 
     def close_epoch(self, losses: list[StepLosses]) -> Row:
@@ -100,6 +116,7 @@ class Training:
                 for name, network in self.networks.items()
             }
         progress.epoch += 1
+        progress.losses = []
         return row
 
     def _read(self, losses: list[StepLosses]) -> list[Row]:
@@ -145,17 +162,28 @@ class Training:
 
     def _accuracies(self) -> Row:
         """Accuracies in percent after the epoch, all in eval mode; the test set is only looked at."""
-        data, target, guide = self.data, self.engine.target, self.engine.guide
+        data, target = self.data, self._looked_at("target")
         held_out = (data.validation_images, data.validation_labels)
-        test = (data.test_images, data.test_labels)
+        test = (data.test_images[: self.train.monitored], data.test_labels[: self.train.monitored])
         seen = (data.train_images[: len(test[0])], data.train_labels[: len(test[0])])
         row = {"train_clean": self._accuracy(target, *seen), "test_clean": self._accuracy(target, *test)}
-        if guide is not None:
-            row["guide_test"] = self._accuracy(guide, *test)
+        if self.engine.guide is not None:
+            row["guide_test"] = self._accuracy(self._looked_at("guide"), *test)
         if len(data.validation_images):
             row["validation_clean"] = self._accuracy(target, *held_out)
             row["validation_robust"] = self._accuracy(target, *held_out, attacked=True)
         return row
+
+    def _looked_at(self, name: str) -> nn.Module:
+        """What the accuracies of network ``name`` are taken of: its folded copy, where the engine folds."""
+        network = self.networks[name].eval()
+        if not self.engine.fold:
+            return network
+        if name in self.folded:
+            self.folded[name].refresh(network)
+        else:
+            self.folded[name] = Folded(network, self.engine.precision)
+        return self.folded[name]
 
     def _accuracy(self, network: nn.Module, images: Tensor, labels: Tensor, attacked: bool = False) -> float:
         network.eval()
@@ -176,11 +204,13 @@ class Training:
         return 100 * distributed.total(correct).item() / len(images)
 
     def state(self) -> dict[str, Any]:
-        """All of the training's state after an epoch: tensors, numbers, strings, lists and dicts only."""
+        """All of the training's state after a step: tensors, numbers, strings, lists and dicts only."""
+        losses = self.progress.losses
         return {
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizer": self.engine.optimizer.state_dict(),
-            "progress": vars(self.progress),
+            "progress": {**vars(self.progress), "losses": []},
+            "losses": [torch.stack(each) for each in zip(*losses, strict=True)],
         }
 
     def restore(self, state: dict[str, Any]) -> None:
@@ -189,6 +219,8 @@ class Training:
             network.load_state_dict(state["networks"][name])
         self.engine.optimizer.load_state_dict(state["optimizer"])
         self.progress = Progress(**state["progress"])
+        columns = [each.to(self.engine.device).unbind() for each in state["losses"]]
+        self.progress.losses = [StepLosses(*each) for each in zip(*columns, strict=True)]
 
     def write(self, folder: Path, options: Mapping[str, str]) -> None:
         """Write ``folder``, which is there whole or not at all, with each network's ``options`` for build."""

@@ -12,6 +12,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor, nn
 
+from dynat.config.recipe import Precision
 from dynat.networks.architectures import BasicBlock, PixelConv, PreActBlock
 
 
@@ -23,6 +24,14 @@ def fold(network: nn.Module) -> "Folded":
 def mixed(network: nn.Module) -> "Folded":
     """The folded copy of ``network``, which must be in eval mode, computing in bfloat16."""
     return Folded(network, torch.bfloat16)
+
+
+def crafting_copy(network: nn.Module, precision: Precision) -> "Folded":
+    """The folded copy of ``network``, which must be in eval mode, for crafting in ``precision``.
+
+    TF32 is a switch of the process, the caller's: :func:`dynat.runtime.machine.convolutions`.
+    """
+    return mixed(network) if precision == "bf16" else fold(network)
 
 
 class Folded(nn.Module):

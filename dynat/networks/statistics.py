@@ -31,6 +31,20 @@ def effective_momenta(sequence: Sequence[str], order: Sequence[str], momentum: f
     return momenta[::-1]
 
 
+def count_on_host(network: nn.Module) -> list[torch.Tensor]:
+    """Keep how often each batch norm of ``network`` was updated in host memory, and return these counters.
+
+    On a GPU each of them would be a kernel of its own, hundreds in a step.
+    """
+    counters = []
+    for layer in network.modules():
+        if isinstance(layer, _BatchNorm) and layer.num_batches_tracked is not None:
+            if layer.num_batches_tracked.is_cuda:
+                layer.num_batches_tracked = layer.num_batches_tracked.cpu()
+            counters.append(layer.num_batches_tracked)
+    return counters
+
+
 @contextmanager
 def statistics(network: nn.Module, momentum: float, updates: int) -> Iterator[None]:
     """Forwards inside move running statistics with ``momentum`` and count as ``updates`` forwards."""

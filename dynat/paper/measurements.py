@@ -22,8 +22,10 @@ from dynat.runtime.lock import locked, read_lock
 RUN = ["setting", "method", "seed"]
 CURVES = ["train_clean", "test_clean", "validation_robust"]
 CAVEATS = {  # entries of the metrics -> a sentence that must stand beside their numbers
-    ("precision", "mixed"): "attack crafted in bf16, every success verified in fp32",
-    ("trained_in", "bf16"): "trained in bf16, the paper in fp32",
+    ("precision", "bf16"): "attack crafted in bf16, every success verified in fp32",
+    ("precision", "tf32"): "attack crafted in TF32, every success verified in fp32",
+    ("trained_in", "bf16"): "trained in bf16, the paper in fp32 or TF32",
+    ("trained_in", "tf32"): "trained in TF32, as the published code where the GPU has it",
 }
 Texts = defaultdict[tuple[str, str], list[str]]  # by setting and method; nothing for what was not run
 

@@ -10,10 +10,13 @@ import shutil
 import subprocess
 import sys
 import sysconfig
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from dynat.config.params import Machine
+from dynat.config.recipe import Precision
 from dynat.errors import UserError
 
 if TYPE_CHECKING:
@@ -82,6 +85,8 @@ def device_of(machine: Machine, key: str) -> "torch.device":
     if machine.threads is not None:
         torch.set_num_threads(machine.threads)
     torch.set_deterministic_debug_mode("error")  # use_deterministic_algorithms imports the compiler
+    # thousands of kernels in a step, for memory that nothing reads
+    torch.utils.deterministic.fill_uninitialized_memory = False  # type: ignore[attr-defined]
     torch.backends.cudnn.benchmark = False
     torch.backends.cuda.matmul.allow_tf32 = False
     torch.backends.cudnn.allow_tf32 = False
@@ -100,23 +105,41 @@ def compiler(key: str, device: "torch.device") -> str:
     variable, usual = ("CC", "gcc") if device.type == "cuda" else ("CXX", "g++")
     command = shlex.split(os.environ.get(variable) or usual)
     if not Path(sysconfig.get_path("include"), "Python.h").exists():
-        raise UserError(f"{key}: Python.h is not here; install Python's headers or set {key}=false")
+        raise UserError(f"{key}: Python.h is not here; install Python's headers or set {key}=eager")
     if not shutil.which(command[0]):
-        remedy = f"install one, name one in {variable}, or set {key}=false"
+        remedy = f"install one, name one in {variable}, or set {key}=eager"
         raise UserError(f"{key}: found no compiler {command[0]}; {remedy}")
     version = subprocess.run([*command, "--version"], capture_output=True, text=True)
     return version.stdout.partition("\n")[0]
 
 
-def precision_of(precision: str, device: "torch.device") -> "torch.dtype":
-    """The type of a training's matrix products: "auto" is bf16 where tensor cores or AMX make it fast."""
+def precision_of(precision: str, device: "torch.device") -> Precision:
+    """What ``device`` computes convolutions in: "auto" is tf32 where it is there, as the published code ran.
+
+    Only CUDA devices of compute capability 8.0 and later have tf32; elsewhere it means fp32.
+    """
     import torch
 
-    if device.type == "cuda":
-        fast = torch.cuda.get_device_capability(device) >= (8, 0)
-    else:
-        fast = torch.cpu._is_amx_tile_supported()
-    return torch.bfloat16 if precision == "bf16" or (precision == "auto" and fast) else torch.float32
+    if precision == "bf16":
+        return "bf16"
+    there = device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)
+    return "tf32" if there and precision != "fp32" else "fp32"
+
+
+@contextmanager
+def convolutions(precision: Precision) -> Iterator[None]:
+    """Convolutions of float32 tensors inside use TF32, or are float32 throughout, on every thread.
+
+    The switch is one for the process: a backward pass obeys the one that holds while it runs.
+    """
+    import torch
+
+    before = torch.backends.cudnn.allow_tf32
+    torch.backends.cudnn.allow_tf32 = precision == "tf32"
+    try:
+        yield
+    finally:
+        torch.backends.cudnn.allow_tf32 = before
 
 
 def fingerprint(device: "torch.device") -> dict[str, str]:

@@ -4,7 +4,7 @@ import os
 import platform
 import time
 from datetime import UTC, datetime
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,8 +64,16 @@ def circumstances(device: "torch.device") -> dict[str, Any]:
             "device": device.type,
             **fingerprint(device),
         },
-        "versions": {"python": platform.python_version(), **{name: version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
     }
+
+
+def _version(package: str) -> str | None:
+    """The installed version, None where there is none: a stage needs neither dvc nor mlflow."""
+    try:
+        return version(package)
+    except PackageNotFoundError:
+        return None
 
 
 def _processor() -> str:

@@ -235,12 +235,12 @@ def test_more_test_images_than_the_study_keeps_cannot_be_attacked() -> None:
 
 
 def test_a_compiled_inner_loop_and_pinned_bits_exclude_each_other() -> None:
-    tree = changed("study.digits.train.compile", True)
+    tree = changed("study.digits.train.engine", "compiled")
     both = refusal(tree)
-    assert both.startswith("study.digits.train.compile: ")
+    assert both.startswith("study.digits.train.engine: ")
     assert "machine.instructions=null" in both
     tree["study"]["digits"]["machine"]["instructions"] = None
-    assert parse(tree).study["digits"].train.compile
+    assert parse(tree).study["digits"].train.engine == "compiled"
 
 
 def test_dvc_tracks_the_values_that_are_used() -> None:

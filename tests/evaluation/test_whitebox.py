@@ -201,7 +201,7 @@ def test_apgd_attacks_a_sample_that_only_the_copy_misreads(
         def forward(self, x: Tensor) -> Tensor:
             return -network(x)
 
-    monkeypatch.setattr(whitebox, "fold", lambda _: Misreading().eval())
+    monkeypatch.setattr(whitebox, "crafting_copy", lambda *_: Misreading().eval())
     again = evaluate(network, images, labels, SPEC, ["apgd-ce"])
     assert 0 < found["apgd-ce"].robust.sum() < found["clean"].robust.sum()
     assert torch.equal(again["apgd-ce"].robust, found["apgd-ce"].robust)

@@ -18,7 +18,7 @@ from torch import Tensor
 
 from dynat.config.recipe import Recipe
 from dynat.methods.batches import Batch
-from dynat.methods.step import Engine, StepLosses
+from dynat.methods.step import Constants, Engine, StepLosses, constants
 from dynat.networks.architectures import build
 
 
@@ -120,6 +120,21 @@ def test_learning_rate_of_lbgat_over_its_epochs() -> None:
         for epoch in epochs:
             engine.set_epoch(epoch)
             assert engine.optimizer.param_groups[0]["lr"] == pytest.approx(rate)
+
+
+@pytest.mark.parametrize("name", PARAMS["recipes"])
+def test_in_epochs_of_equal_constants_a_step_is_the_same_to_the_bit(name: str) -> None:
+    choice = shipped(name)
+    last: dict[Constants, int] = {constants(choice, epoch): epoch for epoch in range(choice.schedule.epochs)}
+    seen: set[Constants] = set()
+    for epoch in range(choice.schedule.epochs):
+        now = constants(choice, epoch)
+        if now not in seen and last[now] > epoch and len(seen) < 4:
+            weights = [after_step(choice, each)[0] for each in (epoch, last[now])]
+            for key, value in weights[0].items():
+                assert torch.equal(value, weights[1][key]), (epoch, last[now], key)
+        seen.add(now)
+    assert seen
 
 
 # --------------------------------------------------------------------- what a step does not do

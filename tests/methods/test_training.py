@@ -65,16 +65,24 @@ def bits(run: Training) -> bytes:
     return file.getvalue()
 
 
-@pytest.mark.parametrize("name", sorted(RECIPES))
-def test_a_resumed_training_ends_with_the_bits_of_an_uninterrupted_one(name: str) -> None:
+LAST = 2  # step of an epoch: it has three
+
+
+@pytest.mark.parametrize(
+    ("name", "epoch", "step"),
+    [*((name, 1, 1) for name in sorted(RECIPES)), ("dynat", 1, LAST), ("fat", 2, 0)],
+)
+def test_a_training_stopped_after_any_step_ends_with_the_bits_of_an_uninterrupted_one(
+    name: str, epoch: int, step: int
+) -> None:
     straight = training(name)
     assert straight.run(lambda _: None)
     first = training(name)
-    kept: list[bytes] = []
-    assert not first.run(lambda _: kept.append(bits(first)), lambda: len(kept) == 2)
+    steps = iter(range(1, 10))
+    assert not first.run(lambda _: None, lambda: next(steps) == 3 * epoch + step + 1)
     resumed = training(name, seed=0)
-    resumed.restore(torch.load(io.BytesIO(kept[-1]), weights_only=True))
-    assert resumed.progress.epoch == 2
+    resumed.restore(torch.load(io.BytesIO(bits(first)), weights_only=True))
+    assert (resumed.progress.epoch, len(resumed.progress.losses)) == (epoch, step + 1)
     assert resumed.run(lambda _: None)
     for mine, other in zip(
         resumed.networks["target"].state_dict().values(),
@@ -85,6 +93,31 @@ def test_a_resumed_training_ends_with_the_bits_of_an_uninterrupted_one(name: str
     assert resumed.progress.history == straight.progress.history
     assert resumed.progress.trace == straight.progress.trace
     assert resumed.progress.best_epoch == straight.progress.best_epoch
+
+
+def test_only_the_first_monitored_images_are_looked_at_and_the_held_out_ones_all() -> None:
+    run = training("dynat")
+    run.train = run.train.model_copy(update={"monitored": 4})
+    run.run(lambda _: None)
+    row, quarter = run.progress.history[-1], 25.0
+    assert all(row[name] % quarter == 0 for name in ("train_clean", "test_clean", "guide_test"))
+    run.engine.target.eval()
+    with torch.no_grad():
+        right = run.engine.target(run.data.test_images[:4] / 255).argmax(1) == run.data.test_labels[:4]
+    assert row["test_clean"] == 100 * right.float().mean().item()
+    assert row["validation_clean"] % 5 == 0  # of twenty
+
+
+def test_where_the_engine_folds_the_accuracies_are_those_of_the_network_up_to_rounding() -> None:
+    plain, folded = training("dynat"), training("dynat")
+    folded.engine.fold = True  # the inner attack of both is plain
+    for run in (plain, folded):
+        run.run(lambda _: None)
+    assert folded.folded.keys() == {"target", "guide"}
+    for one, other in zip(plain.progress.history, folded.progress.history, strict=True):
+        assert one.keys() == other.keys()
+        for name in ("train_clean", "test_clean", "guide_test", "validation_clean", "validation_robust"):
+            assert abs(one[name] - other[name]) <= 5  # one of twenty
 
 
 def test_batches_are_a_function_of_seed_and_epoch_and_hold_every_image_once() -> None:
@@ -124,7 +157,7 @@ def test_weights_that_the_last_step_of_an_epoch_ruined_are_never_kept(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     run = training("pgd_at")
-    step, done = run.engine.step, 0
+    step, done = run.step, 0
 
     def ruinous(batch: Batch) -> StepLosses:
         nonlocal done
@@ -135,7 +168,7 @@ def test_weights_that_the_last_step_of_an_epoch_ruined_are_never_kept(
                 next(run.engine.target.parameters()).fill_(float("nan"))
         return outcome
 
-    monkeypatch.setattr(run.engine, "step", ruinous)
+    monkeypatch.setattr(run, "step", ruinous)
     with pytest.raises(UserError, match="a weight of the target is not finite after epoch 0"):
         run.run(lambda _: None)
     assert run.progress.best == {}
@@ -147,15 +180,13 @@ def test_a_training_in_another_precision_has_a_resume_state_of_its_own(
 ) -> None:
     values = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
     values["study"]["digits"]["machine"] = {"device": "auto"}
-    values["study"]["digits"]["train"]["precision"] = "auto"
-    params = parse(values)
     monkeypatch.chdir(tmp_path)
-    prepare(params.study["digits"].data, Path("data/digits.safetensors"), "study.digits.data")
+    prepare(parse(values).study["digits"].data, Path("data/digits.safetensors"), "study.digits.data")
     monkeypatch.setattr(machine, "device_of", lambda *spec: torch.device("cpu"))
     keys = {}
-    for fast, name in ((False, "fp32"), (True, "bf16")):
-        monkeypatch.setattr(torch.cpu, "_is_amx_tile_supported", lambda fast=fast: fast)
-        run, _, keys[name] = set_up(Run("digits", "pgd_at", 0, params))
+    for name in ("fp32", "bf16"):
+        values["study"]["digits"]["train"]["precision"] = name
+        run, _, keys[name] = set_up(Run("digits", "pgd_at", 0, parse(values)))
         assert run.precision == name
     assert keys["fp32"] != keys["bf16"]
 

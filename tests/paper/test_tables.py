@@ -79,7 +79,7 @@ def test_autoattack_on_more_samples_gets_a_column_of_its_own(tmp_path: Path) -> 
 
 def test_autoattack_warning_and_mixed_precision_become_footnotes(tmp_path: Path) -> None:
     write(tmp_path, "trades", COUNTS, aa={40: 27})
-    odd = {"warnings": ["zero gradient"], "precision": "mixed"}
+    odd = {"warnings": ["zero gradient"], "precision": "bf16"}
     write(tmp_path, "pgd_at", COUNTS, aa={40: 27}, autoattack=odd)
     text = files(params(["pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
     for note in ("AutoAttack warned: zero gradient", "bf16"):

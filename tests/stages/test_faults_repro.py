@@ -94,14 +94,16 @@ def test_a_stopped_repro_leaves_lock_and_state_and_its_mlflow_run_goes_on(
     assert process.returncode != 0
     assert "Traceback" not in output
     assert "error: " not in output
-    assert re.search(r"^stopped; epoch \d+ starts again at the next run$", output, re.MULTILINE)
+    assert re.search(
+        r"^stopped; goes on in epoch \d+, after \d+ of \d+ steps at the next run$", output, re.MULTILINE
+    )
     assert (repository / "dvc.lock").read_bytes() == lock
     assert not (repository / f"models/mini/{method}").joinpath("0").exists()
     until(lambda: [status for _, status in runs(repository, f"{method}-0")] == ["KILLED"])
 
     code, output = repro(repository, target, **environment)
     assert code == 0, output
-    assert re.search(r"^resumed after epoch \d+$", output, re.MULTILINE)
+    assert re.search(r"^resumed in epoch \d+, after \d+ of \d+ steps$", output, re.MULTILINE)
     until(lambda: [status for _, status in runs(repository, f"{method}-0")] == ["FINISHED"])
     ((run, _),) = runs(repository, f"{method}-0")
     assert steps(repository, run, "train_clean") == list(range(EPOCHS))

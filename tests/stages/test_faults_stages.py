@@ -1,5 +1,6 @@
 """What stops a stage costs one line and no finished work; resume state of anything else is never used."""
 
+import json
 import os
 import re
 import shutil
@@ -11,7 +12,17 @@ from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
-from stages_under_fire import ROOT, Workspace, hashes, kill, running, states, when, write_params
+from stages_under_fire import (
+    ROOT,
+    Workspace,
+    hashes,
+    kill,
+    resumed_after,
+    running,
+    states,
+    when,
+    write_params,
+)
 
 pytestmark = pytest.mark.slow
 CELL = ("mini", "pgd_at", "0")
@@ -50,11 +61,21 @@ def kill_after_second_save(stages: Workspace) -> None:
     assert stages.run("train", *CELL, strike=strike) == -signal.SIGKILL, stages.said()
 
 
-def resumed_after(stages: Workspace) -> int:
-    """The epoch after which the last training went on."""
-    found = re.search(r"^resumed after epoch (\d)$", stages.said(), re.MULTILINE)
-    assert found, stages.said()
-    return int(found[1])
+def test_asked_to_stop_a_training_saves_at_once_and_before_only_when_it_is_due(stages: Workspace) -> None:
+    file = stages.folder / "params.yaml"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"save_minutes": 10}))
+    saved: list[Path] = []
+
+    def strike(pid: int) -> None:
+        until(stages, "^epoch 1 ")(pid)
+        saved.extend(states(stages.folder))
+        os.kill(pid, signal.SIGTERM)
+
+    assert stages.run("train", *CELL, strike=strike) == 75, stages.said()
+    assert saved == []
+    assert states(stages.folder) != []
+    assert stages.run("train", *CELL) == 0, stages.said()
+    assert resumed_after(stages.said()) >= 1
 
 
 def the_error(said: str) -> str:
@@ -102,7 +123,7 @@ def test_state_of_other_parameters_or_data_is_not_used_and_kept_for_when_it_is_w
         away.rename(folder)
         as_before(stages)
     assert stages.run("train", *CELL) == 0, stages.said()
-    assert resumed_after(stages) >= 1
+    assert resumed_after(stages.said()) >= 1
     assert model(stages) == trained_files
 
 
@@ -128,7 +149,7 @@ def test_state_of_other_code_is_not_used_and_a_comment_is_no_other_code(
     assert stages.run("train", *CELL, code=edited("ANOTHER = 'version'")) == 0, stages.said()
     assert "resumed" not in stages.said()
     assert stages.run("train", *CELL, code=edited("# another comment")) == 0, stages.said()
-    assert resumed_after(stages) >= 1
+    assert resumed_after(stages.said()) >= 1
 
 
 @pytest.mark.parametrize(("stage", "count"), [("attack", 7), ("autoattack", 8)])
@@ -243,7 +264,7 @@ def test_a_loss_that_explodes_names_the_last_good_state_and_publishes_nothing(st
     assert line.endswith(f"; the last good state is in {state.parent}")
     assert not (stages.folder / "models/mini/explodes").exists()
     assert stages.run("train", "mini", "explodes", "0") == 2
-    assert resumed_after(stages) == 2
+    assert resumed_after(stages.said()) == 2
 
 
 def test_a_target_that_stays_at_chance_is_given_up_in_one_line_and_not_published(stages: Workspace) -> None:
@@ -294,7 +315,7 @@ def test_a_disk_that_state_fills_up_costs_one_line_and_no_epoch_once_there_is_ro
         assert model(stages) == {}
         remount(f"size={20 * size}")
         assert stages.run("train", *CELL) == 0, stages.said()
-        assert resumed_after(stages) == 0
+        assert resumed_after(stages.said()) == 0
         assert model(stages) == expected
 
 
@@ -311,7 +332,7 @@ def test_a_full_or_read_only_disk_for_outputs_is_one_line_and_loses_no_epoch(
         assert model(stages) == {}
         remount("size=20m,rw")
         assert stages.run("train", *CELL) == 0, stages.said()
-        assert resumed_after(stages) == 4
+        assert resumed_after(stages.said()) == 4
         assert model(stages) == trained_files
 
 
