@@ -7,6 +7,7 @@ the losses of the first steps.
 
 import sys
 import time
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from dynat.errors import DivergedError, UserError
@@ -58,17 +59,6 @@ def _train(
     with Tracker(run.setting, f"{run.method}-{run.seed}", {"stage": "train"}, params) as tracker:
         tracker.begin(store.token, progress.history)
 
-        saved = time.monotonic()
-
-        def after_step() -> bool:
-            """Save the state where it is due; whether to leave."""
-            nonlocal saved
-            stop = distributed.anyone(asked())
-            if stop or time.monotonic() - saved >= 60 * run.params.save_minutes:
-                store.save("state", training.state())
-                saved = time.monotonic()
-            return stop
-
         def after_epoch(row: dict[str, float]) -> None:
             tracker.metrics(row)
             print("  ".join(f"{name} {value:.4g}" for name, value in row.items()), flush=True)
@@ -78,7 +68,7 @@ def _train(
             try:
                 done = training.run(
                     after_epoch,
-                    after_step,
+                    _saving(run, store, training, asked),
                     lambda batches, count: watched(batches, f"{label} {progress.epoch + 1}", count),
                 )
             except DivergedError as error:
@@ -100,6 +90,25 @@ def _train(
         record.write(device, distributed.size(), store.resumed, model, tracker.finish())
         store.clear()  # the very last: until then a kill costs no epoch
     return 0
+
+
+def _saving(
+    run: Run, store: "ResumeStore", training: "Training", asked: Callable[[], bool]
+) -> Callable[[], bool]:
+    """What is called after each step: saves the state where that is due, says whether to leave."""
+    from dynat.runtime import distributed
+
+    saved = time.monotonic()
+
+    def after_step() -> bool:
+        nonlocal saved
+        stop = distributed.anyone(asked())
+        if stop or time.monotonic() - saved >= 60 * run.params.save_minutes:
+            store.save("state", training.state())
+            saved = time.monotonic()
+        return stop
+
+    return after_step
 
 
 def _place(training: "Training") -> str:

@@ -12,16 +12,17 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "pyproject.toml"
 LINES = {  # of *.py at most; a number here goes up only with what a user gets for it
-    "stages": 230,
+    "stages": 260,
     "dynat/audit": 1215,
     "dynat/accept": 510,
-    "dynat/paper": 850,
-    "dynat/evaluation": 960,
-    "dynat/methods": 1005,
-    "dynat/networks": 480,
+    "dynat/paper": 865,
+    "dynat/evaluation": 1000,
+    "dynat/methods": 1130,
+    "dynat/networks": 500,
     "dynat/data": 600,
-    "dynat/runtime": 1260,
-    "dynat/config": 620,
+    "dynat/runtime": 1340,
+    "dynat/config": 630,
+    "dynat/cost.py": 140,
     "dynat/errors.py": 10,
 }
 PRIVATE = re.compile(  # words that this project once had for itself
@@ -47,7 +48,7 @@ def test_the_order_of_the_rooms_has_every_room() -> None:
     (contract,) = read_configuration(str(PROJECT))["contracts_options"]
     rooms = {room for layer in contract["layers"] for room in layer.replace(" ", "").split("|")}
     packages = {f"dynat.{path.parent.name}" for path in (ROOT / "dynat").glob("*/__init__.py")}
-    assert rooms == packages | {"stages", "dynat.errors"}
+    assert rooms == packages | {"stages", "dynat.cost", "dynat.errors"}
     assert {name.removesuffix(".py").replace("/", ".") for name in LINES} == rooms
 
 
@@ -60,8 +61,8 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 7720
-    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 3660
+    assert sum(sizes.values()) <= 8165
+    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 3850
 
 
 def test_no_module_is_longer_than_330_lines_and_no_function_than_50() -> None:

@@ -122,7 +122,7 @@ class Training:
     def _read(self, losses: list[StepLosses]) -> list[Row]:
         """The losses of an epoch's steps; refuses what is not finite."""
         epoch, names = self.progress.epoch, ("target_loss", "guide_loss")
-        columns = [torch.stack([getattr(step, name) for step in losses]).tolist() for name in names]
+        columns = [torch.stack([getattr(step, name) for step in losses]).tolist() for name in names if losses]
         rows = [dict(zip(names, values, strict=True)) for values in zip(*columns, strict=True)]
         for step, row in enumerate(rows):
             if not all(map(math.isfinite, row.values())):
@@ -130,7 +130,7 @@ class Training:
                 raise DivergedError(f"the loss is not finite {where}; lower the learning rate")
         for name, network in self.networks.items():  # the last step's loss was before its update
             if not all(weights.isfinite().all() for weights in network.parameters()):
-                where = f"of the {name} is not finite after epoch {epoch}"
+                where = f"of the {name} is not finite in epoch {epoch}"
                 raise DivergedError(f"a weight {where}; lower the learning rate")
         return rows
 
@@ -204,8 +204,12 @@ class Training:
         return 100 * distributed.total(correct).item() / len(images)
 
     def state(self) -> dict[str, Any]:
-        """All of the training's state after a step: tensors, numbers, strings, lists and dicts only."""
+        """All of the training's state after a step: tensors, numbers, strings, lists and dicts only.
+
+        Raises :class:`DivergedError` on a loss or a weight that is not finite: it would be one again.
+        """
         losses = self.progress.losses
+        self._read(losses)
         return {
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizer": self.engine.optimizer.state_dict(),

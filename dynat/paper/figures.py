@@ -105,6 +105,18 @@ def against_epsilon(name: str, radii: pd.DataFrame, dashed: set[str]) -> str:
     return _svg(axes, name)
 
 
+@style.context(STYLE)
+def against_hours(name: str, costs: pd.DataFrame, family: set[str]) -> str:
+    """Accuracy under AutoAttack (``aa``, percent) against hours of training; a labelled point per method."""
+    axes = _axes(4.6, 3.0, xlabel="device hours of a training", ylabel="AutoAttack, %")
+    for method, cost in costs.iterrows():
+        axes.plot([cost["training"]], [cost["aa"]], "o", color=COLOURS[method in family], ms=5)
+        text = axes.annotate(str(method), (cost["training"], cost["aa"]), (4, 3), textcoords="offset points")
+        text.set(fontsize=7)
+    axes.margins(x=0.2, y=0.15)
+    return _svg(axes, name)
+
+
 def _axes(width: float, height: float, left: float = 0.5, **settings: Any) -> Axes:
     """The axes of an empty figure; size in inches, ``left`` what the labels there need."""
     figure = Figure(figsize=(width, height))

@@ -30,19 +30,20 @@ def render(found: Tabulation, root: Path = Path()) -> str:
     """The report; ``root`` holds data and witnesses for the images. Equal results give equal text."""
     sections = [{"id": s, "title": f"Setting {s}", **_figures(found, s, root)} for s in found.params.settings]
     sections += [{"id": f"table{number}", "title": title} for number, title in TITLES.items()]
-    page = _templates().get_template("report.html")
+    page = templates().get_template("report.html")
     return page.render(sections=sections, tables=found.tables, cells=found.cells.to_dict("index"))
 
 
 def recounted(found: Tabulation) -> list[str]:
     """The parts of the report that come from verdicts alone: its tables and the sheets of all cells."""
-    macros: Any = _templates().get_template("macros.html").module
+    macros: Any = templates().get_template("macros.html").module
     sheets = macros.sheets(found.cells.to_dict("index"))
     return [str(part) for part in (*map(macros.tables_of, found.tables.values()), sheets)]
 
 
 @cache
-def _templates() -> Environment:
+def templates() -> Environment:
+    """The templates of the pages, with their filters."""
     found = Environment(loader=PackageLoader("dynat.paper"), autoescape=True, undefined=StrictUndefined)
     found.trim_blocks = found.lstrip_blocks = True
     found.filters.update(slug=slug, name=name, quote=shlex.quote, data_uri=data_uri)

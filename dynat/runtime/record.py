@@ -1,7 +1,11 @@
-"""The volatile record of a run, in ``metrics/runs``: time, hardware, versions. No output depends on it."""
+"""The volatile record of a run, in ``metrics/runs``: time, memory, energy, hardware, versions.
+
+No output depends on it; ``python -m dynat.cost`` sets it beside the accuracies.
+"""
 
 import os
 import platform
+import resource
 import time
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
@@ -24,7 +28,7 @@ class RunRecord:
 
     def __init__(self, stage: str, run: Run) -> None:
         self.path = Path("metrics/runs", stage) / run.path("").with_suffix(".json")
-        self.started, self.clock = datetime.now(UTC), time.monotonic()
+        self.started, self.clock, self.energy = datetime.now(UTC), time.monotonic(), joules()
         self.values: dict[str, Any] = {
             "stage": os.environ.get("DVC_STAGE", stage),
             "experiment": os.environ.get("DVC_EXP_NAME"),
@@ -41,10 +45,18 @@ class RunRecord:
         model_sha256: str,
         mlflow_run_id: str | None,
     ) -> None:
-        """Add hardware, versions and what else is known at the end, and write the file."""
+        """Add hardware, versions and what else is known at the end, and write the file.
+
+        Time and energy are those since the last start, memory that of the first process.
+        """
+        seconds, device_id = time.monotonic() - self.clock, _uuid(device)
+        before, after = self.energy.get(device_id), joules().get(device_id)
         self.values |= {
             "started": self.started.isoformat(timespec="seconds"),
-            "seconds": round(time.monotonic() - self.clock, 2),
+            "seconds": round(seconds, 2),
+            "device_hours": round(seconds * processes / 3600, 5),
+            "peak_memory_bytes": peak_memory(device),
+            "energy_joules": None if before is None or after is None else round(after - before),
             **circumstances(device),
             "processes": processes,
             "resumed": resumed,
@@ -52,6 +64,39 @@ class RunRecord:
             "mlflow_run_id": mlflow_run_id,
         }
         write_json(self.path, self.values)
+
+
+def joules() -> dict[str, float]:
+    """The energy that each CUDA device has taken since its driver was loaded, by UUID, where NVML tells it.
+
+    Everything on the device counts. Empty without the package ``nvidia-ml-py`` or without a device.
+    """
+    try:
+        import pynvml  # type: ignore[import-not-found]
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(each) for each in range(pynvml.nvmlDeviceGetCount())]
+        return {
+            str(pynvml.nvmlDeviceGetUUID(each)): pynvml.nvmlDeviceGetTotalEnergyConsumption(each) / 1000
+            for each in handles
+        }
+    except Exception:  # a driver may fail in many ways, and a record must not cost a training
+        return {}
+
+
+def _uuid(device: "torch.device") -> str:
+    import torch
+
+    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
+
+
+def peak_memory(device: "torch.device") -> int:
+    """Bytes of tensors on a CUDA device at their most; on a CPU those of the whole process."""
+    import torch
+
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
 
 
 def circumstances(device: "torch.device") -> dict[str, Any]:

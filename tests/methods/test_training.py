@@ -169,7 +169,7 @@ def test_weights_that_the_last_step_of_an_epoch_ruined_are_never_kept(
         return outcome
 
     monkeypatch.setattr(run, "step", ruinous)
-    with pytest.raises(UserError, match="a weight of the target is not finite after epoch 0"):
+    with pytest.raises(UserError, match="a weight of the target is not finite in epoch 0"):
         run.run(lambda _: None)
     assert run.progress.best == {}
     assert run.progress.history == []
