@@ -20,23 +20,23 @@ from dynat.runtime.stage import main
 
 FOLDER = Path("metrics/runs")
 STAGES = ("train", "attack", "autoattack")
-COLUMNS = {"clean": "Clean, %", "pgd20": "PGD-20, %", "aa": "AutoAttack, %"}
+COLUMNS = {"clean": "Clean, %", "pgd20": "PGD-20, %", "aa": "AA, %"}
 Accuracies = dict[Any, float]  # mean in percent over the seeds
 HEAD = [
     "Method",
     "Seeds",
-    "Training, device hours",
-    "Evaluation, device hours",
-    "Peak memory, GiB",
+    "Training, h",
+    "Evaluation, h",
+    "Memory, GiB",
     "Energy, kWh",
     *COLUMNS.values(),
     "Hardware",
 ]
 INTRODUCTION = (
-    "Means over the seeds. Device hours are the hours of a run times its processes, each with a device of "
-    "its own; ≥ marks a run that was stopped and resumed, of which only the last start is known. Peak memory "
-    "is the largest of training and evaluation: tensors on a GPU, the whole process on a CPU. Energy is what "
-    "the GPU took in all while they ran. Hours on different hardware do not compare."
+    "Means over the seeds. Hours are device hours, those of a run times its processes, each with a device of "
+    "its own; ≥ marks a run that was stopped and resumed, of which only the last start is known. Memory is "
+    "the peak, the largest of training and evaluation: tensors on a GPU, the whole process on a CPU. Energy "
+    "is what the GPU took in all while they ran. Hours on different hardware do not compare."
 )
 
 
@@ -90,7 +90,7 @@ def read_accuracies(params: Params, root: Path) -> Accuracies:
 
 def table_of(setting: str, params: Params, records: pd.DataFrame, accuracies: Accuracies) -> dict[str, Any]:
     """The rows of a setting, a method each, what was not run as a dash, and its figure or ""."""
-    rows, points = [], {}
+    rows, points = [], dict[str, tuple[float, float]]()
     for method in (*params.baselines, *params.variants):
         own = records[(records["setting"] == setting) & (records["method"] == method)]
         training, evaluation = (own[(own["stage"] == "train") == first] for first in (True, False))
@@ -107,10 +107,8 @@ def table_of(setting: str, params: Params, records: pd.DataFrame, accuracies: Ac
             ]
         )
         if len(training) and (setting, method, "aa") in accuracies:
-            robust = accuracies[setting, method, "aa"]
-            points[method] = {"training": training["hours"].mean(), "aa": robust}
-    costs = pd.DataFrame.from_dict(points, orient="index")
-    figure = figures.against_hours(f"cost-{setting}", costs, {*params.variants}) if points else ""
+            points[method] = training["hours"].mean(), accuracies[setting, method, "aa"]
+    figure = figures.against_hours(f"cost-{setting}", points, {*params.variants}) if points else ""
     return {"head": HEAD, "rows": rows, "figure": figure}
 
 

@@ -15,7 +15,7 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "stages": 260,
     "dynat/audit": 1215,
     "dynat/accept": 510,
-    "dynat/paper": 865,
+    "dynat/paper": 868,
     "dynat/evaluation": 1000,
     "dynat/methods": 1130,
     "dynat/networks": 500,

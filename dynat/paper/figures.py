@@ -106,14 +106,16 @@ def against_epsilon(name: str, radii: pd.DataFrame, dashed: set[str]) -> str:
 
 
 @style.context(STYLE)
-def against_hours(name: str, costs: pd.DataFrame, family: set[str]) -> str:
-    """Accuracy under AutoAttack (``aa``, percent) against hours of training; a labelled point per method."""
-    axes = _axes(4.6, 3.0, xlabel="device hours of a training", ylabel="AutoAttack, %")
-    for method, cost in costs.iterrows():
-        axes.plot([cost["training"]], [cost["aa"]], "o", color=COLOURS[method in family], ms=5)
-        text = axes.annotate(str(method), (cost["training"], cost["aa"]), (4, 3), textcoords="offset points")
-        text.set(fontsize=7)
-    axes.margins(x=0.2, y=0.15)
+def against_hours(name: str, costs: dict[str, tuple[float, float]], family: set[str]) -> str:
+    """Accuracy under AutoAttack (percent) against hours of training; the ``family`` round, others square."""
+    unit, factor = ("hours", 1) if max(hours for hours, _ in costs.values()) >= 1 else ("minutes", 60)
+    axes = _axes(4.6, 3.0, xlabel=f"device {unit} of a training", ylabel="AutoAttack, %")
+    for method, (hours, robust) in costs.items():
+        place = [each for each in costs if (each in family) == (method in family)].index(method)
+        colour, marker = COLOURS[place % len(COLOURS)], "o" if method in family else "s"
+        axes.plot([factor * hours], [robust], marker, color=colour, ms=5, label=method)
+    axes.margins(x=0.1, y=0.1)
+    axes.legend(fontsize=7, loc="best")
     return _svg(axes, name)
 
 

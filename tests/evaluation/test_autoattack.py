@@ -211,6 +211,37 @@ def test_what_float32_does_not_confirm_is_attacked_again_in_float32(
     assert torch.equal(found["images"], expected["images"])
 
 
+def test_below_float32_apgd_alone_is_tried_and_every_survivor_withstands_it_in_float32(
+    network: nn.Module, labels: Tensor
+) -> None:
+    x, everybody = IMAGES / 255, torch.ones(8, dtype=torch.bool)
+    ensemble = Ensemble(network, x, small(8).model_copy(update={"precision": "bf16"}))
+    exact = Ensemble(network, x, small(8))
+    assert exact.reduced is None
+    assert ensemble.reduced is not None
+    ran: list[tuple[str, int, int]] = []  # which package, on how many samples, how many it broke
+
+    def watch(kind: str, package: Package) -> None:
+        def run(x: Tensor, y: Tensor, **options: int) -> Any:
+            found = Package.run_standard_evaluation(package, x, y, **options)
+            ran.append((kind, len(x), int((network(found[0]).argmax(1) != y).sum())))
+            return found
+
+        package.run_standard_evaluation = run
+
+    watch("reduced", ensemble.reduced)
+    watch("exact", ensemble.packages[0])
+    for name in STANDARD:
+        ran.clear()
+        chunk = ensemble.attack(name, x, labels, everybody)
+        if name.startswith("apgd"):
+            (first, count, broken), (second, left, _) = ran
+            assert (first, count, second, left) == ("reduced", 8, "exact", 8 - broken)
+        else:
+            assert ran == [("exact", 8, len(chunk["broken"]))]
+            assert torch.equal(chunk["images"], exact.attack(name, x, labels, everybody)["images"])
+
+
 class Misreading(nn.Module):
     """A copy that takes every image for another class than the network does."""
 
