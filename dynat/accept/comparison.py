@@ -101,7 +101,8 @@ def _workspace(root: Path, folder: Path, stage: Stale) -> Path:
     """A folder with params.yaml, and links to what the stage reads; evaluations are of a few images."""
     values = yaml_files.parse((root / "params.yaml").read_text(encoding="utf-8"))
     if stage.kind in FEW:
-        values["study"][stage.setting][stage.kind] |= FEW[stage.kind]
+        section = values["study"][stage.setting][stage.kind]
+        section |= FEW[stage.kind] | ({"runs": []} if "runs" in section else {})
     links = [root / "dvc.lock", root / "models", *(root / "data").iterdir()]
     if stage.kind == "tabulate":
         links += [root / "metrics" / name for name in ("attack", "autoattack", "sanity")]

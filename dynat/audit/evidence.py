@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from dynat.audit.link import Link, absent, broken, good
-from dynat.audit.printed import Printed, Source, kind_and_run
+from dynat.audit.printed import Printed, Source, epsilon_of, kind_and_run
 from dynat.config.params import Attack
 from dynat.data.splits import load, to_unit
 from dynat.errors import UserError
@@ -53,7 +53,10 @@ def witness(printed: Printed, source: Source) -> list[Link]:
     kind, run = kind_and_run(source)
     study = printed.params.study[run.split("/")[0]]
     judged = getattr(study, kind)  # APGD-CE of AutoAttack is repeated as the attack of that name
-    spec = study.attack.model_copy(update={"epsilon": judged.epsilon, "seed": judged.seed})
+    epsilon = epsilon_of(judged, source)
+    if epsilon is None:
+        raise UserError(f"{source['attack']}: params.yaml does not ask for this radius; run dvc repro")
+    spec = study.attack.model_copy(update={"epsilon": epsilon, "seed": judged.seed})
     stored = _stored(printed, source, device_of(study.machine, f"study.{run.split('/')[0]}.machine"))
     about = f"{source['file'].removesuffix('.json')} {source['checkpoint']}/{source['attack']}"
     if faults := _faults(stored, spec.epsilon):
@@ -65,7 +68,7 @@ def witness(printed: Printed, source: Source) -> list[Link]:
         f"the stored weights, which err on {int((~stored.robust).sum()) - count} clean ones"
     )
     links = [good("evidence", f"witness {about}", text)]
-    if source["attack"] != "clean" and stored.robust.any():
+    if not source["attack"].startswith("clean") and stored.robust.any():
         name = source["attack"] if kind == "attack" else "apgd-ce"
         links.append(_attack_again(stored, name, spec, f"robust {about}"))
     return links

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynat.audit.link import Link, absent, broken, good, one_line
-from dynat.config.params import Params, load
+from dynat.config.params import Attack, AutoAttack, Params, load
 from dynat.errors import UserError
 from dynat.evaluation.verdicts import accuracy, decode
 from dynat.paper.cells import PLOTS, REPORT, TABLES, average, difference
@@ -20,6 +20,15 @@ CELLS = f"{TABLES}/cells.json"
 TRAINING = f"{PLOTS}/training.csv"
 RETABULATE = "run dvc repro tabulate"
 Source = dict[str, Any]
+
+
+def epsilon_of(spec: Attack | AutoAttack, source: Source) -> float | None:
+    """The radius of a source by params.yaml; None for a further one of AutoAttack that it does not name."""
+    _, at, key = source["attack"].partition(" at ")
+    if not isinstance(spec, AutoAttack):
+        return spec.epsilon
+    run = spec.by_radius.get(at + key)
+    return run.epsilon if run else None
 
 
 def kind_and_run(source: Source) -> tuple[str, str]:
@@ -90,6 +99,9 @@ class Printed:
             return broken("printed", file, "missing", "restore it or run dvc repro")
         kind, run = kind_and_run(source)
         spec = getattr(self.params.study[run.split("/")[0]], kind)
+        if epsilon_of(spec, source) is None:
+            text = f"{pointer} is of a radius that params.yaml does not ask for"
+            return broken("printed", file, text, "run dvc repro")
         stated: Any = reduce(getitem, pointer.split("/")[1:-1], metrics)
         counted = accuracy(self._robust(source))
         for text, now, wanted in (

@@ -90,3 +90,9 @@ def _short(value: object) -> str:
     """``value`` in one short printable line."""
     text = "null" if value is None else reprlib.repr(value)
     return text if len(text) <= 60 else f"{text[:57]}..."
+
+
+def radius(epsilon: float) -> str:
+    """Epsilon as people write it: 8/255 where it is a whole number of grey levels."""
+    levels = epsilon * 255
+    return f"{levels:.0f}/255" if abs(levels - round(levels)) < 1e-9 and 0 < levels < 255 else f"{epsilon:g}"

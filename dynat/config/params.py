@@ -10,7 +10,17 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, ValidationError, model_validator
 
 from dynat.config import yaml_files
-from dynat.config.fields import Count, Index, KeyedError, NonNegative, Radius, Section, check_known, describe
+from dynat.config.fields import (
+    Count,
+    Index,
+    KeyedError,
+    NonNegative,
+    Radius,
+    Section,
+    check_known,
+    describe,
+    radius,
+)
 from dynat.config.recipe import Precision, Recipe, Train, rescale
 from dynat.errors import UserError
 
@@ -95,16 +105,37 @@ class Attack(Section):
     precision: Precision | Literal["auto"] = "auto"
 
 
+class AutoAttackRun(Section):
+    """A radius, and the first k test images for each k in n."""
+
+    epsilon: Radius
+    n: Annotated[list[Count], Field(min_length=1)]
+
+
 class AutoAttack(Section):
     """AutoAttack standard; accuracies are reported on the first k test images for each k in n."""
 
     epsilon: Radius
     n: Annotated[list[Count], Field(min_length=1)]
+    runs: list[AutoAttackRun] = []  # more of them, each a column of its own
     batch: Count = 200  # also the size of a resumable chunk
     seed: Index = 0
     workers: Annotated[Count, Field(le=256)] = 1  # processes on a CPU; no verdict depends on it
     # of APGD's first try, every success verified in fp32 and who survives it attacked again in fp32
     precision: Precision = "fp32"
+
+    @property
+    def by_radius(self) -> dict[str, AutoAttackRun]:
+        """All runs, the sizes of equal radii together, by what follows a name in the metrics.
+
+        That is nothing for the first radius, " at 8-255" for another one.
+        """
+        found = {"": AutoAttackRun(epsilon=self.epsilon, n=list(dict.fromkeys(self.n)))}
+        for run in self.runs:
+            key = "" if run.epsilon == self.epsilon else f" at {radius(run.epsilon).replace('/', '-')}"
+            before = found[key].n if key in found else []
+            found[key] = AutoAttackRun(epsilon=run.epsilon, n=list(dict.fromkeys([*before, *run.n])))
+        return found
 
 
 class Machine(Section):
@@ -140,9 +171,14 @@ class Study(Section):
 
     def check_test_images(self, kind: str, available: int) -> None:
         """Raise :class:`KeyedError` if ``kind``, attack or autoattack, wants more images than there are."""
-        n = max(self.autoattack.n) if kind == "autoattack" else self.attack.n or 0
-        if n > available:
-            raise KeyedError(f"{kind}.n", f"{n} is more than the {available} test images that there are")
+        asked = {"attack.n": self.attack.n or 0}
+        if kind == "autoattack":
+            asked = {"autoattack.n": max(self.autoattack.n)}
+            for place, run in enumerate(self.autoattack.runs):
+                asked[f"autoattack.runs.{place}.n"] = max(run.n)
+        for key, n in asked.items():
+            if n > available:
+                raise KeyedError(key, f"{n} is more than the {available} test images that there are")
 
 
 class Params(Section):

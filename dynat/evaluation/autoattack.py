@@ -13,6 +13,7 @@ robust has withstood the whole float32 attack.
 import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 import torch
@@ -25,7 +26,7 @@ from dynat.evaluation.chunks import Chunk, Chunks, StoppedError
 from dynat.evaluation.evaluate import Evaluation, TrainedNetworks
 from dynat.evaluation.evidence import Evidence, clean, join, predict
 from dynat.evaluation.square import Square
-from dynat.evaluation.verdicts import accuracy
+from dynat.evaluation.verdicts import Accuracy, accuracy
 from dynat.methods.attacks import project
 from dynat.networks.folded import crafting_copy, fold
 from dynat.runtime import distributed
@@ -38,15 +39,23 @@ SQUARE_GAIN = 0.002  # the package's own threshold for "Square attack improves o
 
 
 def evaluate_selected(networks: TrainedNetworks, spec: AutoAttack, chunks: Chunks) -> Evaluation:
-    """Run the standard ensemble on the selected checkpoint."""
-    count = max(spec.n)
+    """Run the standard ensemble on the selected checkpoint, at each radius that ``spec`` asks for.
+
+    Each radius is attacked as if alone: nothing that breaks a sample at one is used at another.
+    """
     network, epoch = networks.load("target")
-    evidence, warnings = evaluate(network, networks.images[:count], networks.labels[:count], spec, chunks)
-    robust = evidence[STANDARD[-1]].robust.tolist()
-    union = {f"n{n}": accuracy(robust[:n]) for n in spec.n}
+    found, union, warnings = dict[str, Evidence](), dict[str, Accuracy](), list[str]()
+    for suffix, run in spec.by_radius.items():
+        images, labels = networks.images[: max(run.n)], networks.labels[: max(run.n)]
+        own = spec.model_copy(update={"epsilon": run.epsilon})
+        evidence, warned = evaluate(network, images, labels, own, replace(chunks, prefix=suffix.lstrip()))
+        found |= {name + suffix: each for name, each in evidence.items()}
+        robust = evidence[STANDARD[-1]].robust.tolist()
+        union |= {f"n{n}{suffix}": accuracy(robust[:n]) for n in run.n}
+        warnings += [text + suffix for text in warned]
     precision = precision_of(spec.precision, networks.images.device)
     header = {"best_epoch": epoch, "precision": precision, "warnings": warnings}
-    return Evaluation({"best": evidence}, header, union)
+    return Evaluation({"best": found}, header, union)
 
 
 def evaluate(

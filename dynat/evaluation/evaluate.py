@@ -94,7 +94,7 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
     networks = trained_networks(run, kind, device)
     key = digest(
         {
-            kind: spec.model_dump_json(exclude={"n", "workers"}),  # chunks are good for any of them
+            kind: spec.model_dump_json(exclude={"n", "runs", "workers"}),  # chunks are good for any of them
             "data": sha256(networks.data),
             "models": ",".join(sha256(path) for path in sorted(networks.folder.glob("*.safetensors"))),
             "code": code_key(kind),
@@ -179,7 +179,7 @@ def write_evaluation(run: Run, kind: str, header: dict[str, Any], evaluation: Ev
             robust = each.robust.tolist()
             accuracies[checkpoint][name] = accuracy(robust)
             verdicts[checkpoint][name] = {"n": len(robust), "robust": encode(robust)}
-            if name != "clean":
+            if not name.startswith("clean"):
                 witness[f"{checkpoint}/{name}/indices"] = each.indices
                 witness[f"{checkpoint}/{name}/images"] = each.images
     save_weights(run.path(f"metrics/{kind}", ".witness.safetensors"), witness, {})

@@ -13,6 +13,7 @@ from typing import Any
 import pandas as pd
 
 from dynat.evaluation.verdicts import wilson
+from dynat.paper.measurements import IN_AA
 from dynat.paper.published import values
 
 TABLES, PLOTS, REPORT = "metrics/tables", "metrics/plots", "metrics/report.html"
@@ -30,7 +31,7 @@ FIELDS = ["cell", "table", "row", "setting", "method", "seed", "column", "checkp
 FIELDS += ["rule", "format", "mean", "numbers", *NUMBERS, "epsilon", "attack_seed", "caveats"]
 FIELDS += ["measurements", "published", "difference"]
 NAMES = {"clean": "Clean", "fgsm": "FGSM", "pgd": "PGD-{}", "cw": "C&W", "apgd-ce": "APGD-CE", "aa": "AA"}
-NAMES |= {"aa-n": "AA", "all": "All"}  # in the order of the tables
+NAMES |= {"aa-n": "AA", "aa@": "AA at ε = {}", "all": "All"}  # in the order of the tables
 Measured = dict[Any, Any]  # a Measurement as a dictionary
 
 
@@ -89,7 +90,8 @@ def setting_cells(measurements: pd.DataFrame) -> pd.DataFrame:
 def _cell(seed: str, column: str, measurements: list[Measured], of_all_seeds: bool) -> dict[str, Any]:
     cell = measurements[0] | average(measurements)
     setting, last = cell["setting"], column.startswith("last-")
-    cell["row"] = setting if of_all_seeds and (column in LAST or not last) else ""
+    printed = column in LAST or not (last or column == IN_AA)
+    cell["row"] = setting if of_all_seeds and printed else ""
     cell |= {"cell": f"{setting}/{cell['method']}/{seed}/{column}", "table": setting, "seed": seed}
     cell |= {"column": column, "attack": column.removeprefix("last-"), "measurements": measurements}
     for field in ("epsilon", "attack_seed"):
@@ -100,12 +102,15 @@ def _cell(seed: str, column: str, measurements: list[Measured], of_all_seeds: bo
 
 def paper_cells(cells: pd.DataFrame) -> pd.DataFrame:
     """A cell ``table1/DYNAT/aa`` for each number of the paper that has been reproduced."""
-    rows = cells[cells["row"] != ""].to_dict("records")
-    ours = {(each["setting"], each["method"], each["column"]): each for each in rows}
+    rows = cells[(cells["row"] != "") | (cells["column"] == IN_AA)].to_dict("records")
+    ours = {(each["setting"], each["method"], each["column"]): each for each in rows}  # the mean comes last
     found = []
     for key, paper in values().to_dict("index").items():
-        if cell := ours.get((paper["setting"], paper["recipe"], paper["column"])):
+        if cell := ours.get((paper["setting"], paper["recipe"], paper["counterpart"])):
             own = {"cell": key} | dict.fromkeys(("table", "row"), f"table{paper['table']}")
+            if cell["column"] == IN_AA:  # to be told from the rest of the paper's column
+                moved = [each | {"column": paper["column"]} for each in cell["measurements"]]
+                cell = {**cell, "measurements": moved}
             gap = difference(cell["accuracy"], paper["published"])
             found.append(cell | own | {"published": paper["published"], "difference": gap})
     return pd.DataFrame(found, columns=FIELDS, dtype=object).set_index("cell", drop=False)
@@ -130,8 +135,13 @@ def cells_json(cells: pd.DataFrame) -> str:
 
 
 def family(column: str) -> tuple[str, str]:
-    """An attack without its number of steps or samples, and that number: ``pgd`` and ``20``."""
+    """An attack without its number of steps or samples, and that number: ``pgd`` and ``20``.
+
+    Of AutoAttack at a radius of its own that is the number: ``aa@`` and ``8/255``.
+    """
     attack = column.removeprefix("last-")
+    if attack.startswith("aa@"):
+        return "aa@", attack.removeprefix("aa@").rpartition("-n")[0].replace("-", "/")
     return attack.rstrip("0123456789"), attack[len(attack.rstrip("0123456789")) :]
 
 

@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import pandas as pd
 
+from dynat.config.fields import radius
 from dynat.config.params import Params
 from dynat.errors import UserError
 from dynat.evaluation.verdicts import accuracy, decode
@@ -20,6 +21,7 @@ from dynat.runtime.files import read_csv, read_json
 from dynat.runtime.lock import locked, read_lock
 
 RUN = ["setting", "method", "seed"]
+IN_AA = "aa-apgd-ce"  # beside "apgd-ce" of stage attack, which has a radius and images of its own
 CURVES = ["train_clean", "test_clean", "validation_robust"]
 CAVEATS = {  # entries of the metrics -> a sentence that must stand beside their numbers
     ("precision", "bf16"): "attack crafted in bf16, every success verified in fp32",
@@ -34,7 +36,8 @@ class Measurement(NamedTuple):
     """A row of ``Results.measurements``: the first ``n`` verdicts of an attack on a checkpoint, counted.
 
     ``column`` is that of the tables: ``pgd20`` of the best epoch, ``last-pgd20`` of the last, ``aa`` on the
-    first of AutoAttack's sample sizes, ``aa-n<k>`` on a further one.
+    first of AutoAttack's sample sizes, ``aa-n<k>`` on a further one, ``aa@8-255-n<k>`` at another radius,
+    :data:`IN_AA` its first attack alone.
     """
 
     setting: str
@@ -129,13 +132,14 @@ def _measure(
     versions = [code.get(f"{stage}@{run[0]}-{run[1]}-{run[2]}", "") for stage in ("train", kind)]
     of_all = (tuple(caveats), *versions)
     for column, block, name, checkpoint, attack in _accuracies(kind, metrics):
+        epsilon = attack.partition(" at ")[2].replace("-", "/") or radius(metrics["epsilon"])
         stated, evidence = metrics[block][name], verdicts[checkpoint][attack]
         counted = accuracy(decode(evidence["robust"], evidence["n"])[: stated["n"]])
         if counted != stated:
             text = f"{file}: {block}/{name} says {stated['accuracy']} % of {stated['n']}, but its verdicts "
             text += f"count {counted['accuracy']} % of {counted['n']}; restore both or run dvc repro -f"
             raise UserError(text)
-        count = counted["robust"], counted["n"], radius(metrics["epsilon"]), metrics["attack_seed"]
+        count = counted["robust"], counted["n"], epsilon, metrics["attack_seed"]
         files = file, f"/{block}/{name}/accuracy", companion
         yield Measurement._make((*run, kind, column, checkpoint, attack, *count, *files, *of_all))
 
@@ -143,13 +147,12 @@ def _measure(
 def _accuracies(kind: str, metrics: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:
     """Column, block and name in the metrics, checkpoint and attack in the verdicts of each accuracy."""
     if kind == "autoattack":
-        columns = {size: f"aa-{size}" if rank else "aa" for rank, size in enumerate(metrics["aa"])}
-        return [(column, "aa", size, "best", "square") for size, column in columns.items()]
+        found = []
+        for rank, name in enumerate(metrics["aa"]):
+            size, at, radius = name.partition(" at ")
+            column = f"aa@{radius}-{size}" if at else f"aa-{size}" if rank else "aa"
+            found.append((column, "aa", name, "best", f"square{at}{radius}"))
+        first = [(IN_AA, "best", "apgd-ce", "best", "apgd-ce")]
+        return found + (first if "apgd-ce" in metrics["best"] else [])
     prefixes = {"best": "", "last": "last-"}
     return [(prefixes[each] + name, each, name, each, name) for each in prefixes for name in metrics[each]]
-
-
-def radius(epsilon: float) -> str:
-    """Epsilon as people write it: 8/255 where it is a whole number of grey levels."""
-    levels = epsilon * 255
-    return f"{levels:.0f}/255" if abs(levels - round(levels)) < 1e-9 and 0 < levels < 255 else f"{epsilon:g}"

@@ -138,7 +138,7 @@ def _item(cell: Measured, usual: Usual, seeds: list[int]) -> Item:
 def _rank(column: str) -> tuple[int, int]:
     """Order of the columns: PGD-k by k, wherever k comes from, and AutoAttack on more samples behind AA."""
     attack, number = family(column)
-    return [*NAMES, attack].index(attack), int(number or 0)
+    return [*NAMES, attack].index(attack), int(column.rpartition("-n")[2] if attack == "aa@" else number or 0)
 
 
 def _headings(columns: Iterable[str], usual: Usual) -> list[str]:

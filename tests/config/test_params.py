@@ -281,3 +281,18 @@ def test_dvc_can_empty_and_set_every_list_and_no_comment_is_lost(tmp_path: Path)
                 for part in key.split("."):
                     section = section[int(part) if part.isdigit() else part]
                 assert section == value
+
+
+def test_runs_of_one_radius_are_one_and_a_run_on_too_many_images_is_named() -> None:
+    tree = changed(
+        "study.digits.autoattack.runs", [{"epsilon": 0.05, "n": [30]}, {"epsilon": "12/255", "n": [9]}]
+    )
+    tree["study"]["digits"]["autoattack"]["runs"] += [
+        {"epsilon": 0.12, "n": [400, 200]},
+        {"epsilon": 0.05, "n": [40]},
+    ]
+    runs = parse(tree).study["digits"].autoattack.by_radius
+    found = {key: (run.epsilon, run.n) for key, run in runs.items()}
+    assert found == {"": (0.12, [200, 400]), " at 0.05": (0.05, [30, 40]), " at 12-255": (12 / 255, [9])}
+    tree["study"]["digits"]["autoattack"]["runs"][1]["n"] = [401]
+    assert refusal(tree).startswith("study.digits.autoattack.runs.1.n: 401 is more than the 400 test images")

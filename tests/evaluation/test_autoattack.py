@@ -1,6 +1,7 @@
 """AutoAttack in chunks: the same as the package in one go, resumable, and with its warnings kept."""
 
 from collections.abc import Callable
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -8,7 +9,7 @@ import torch
 from pyautoattack import AutoAttack as Package
 from torch import Tensor, nn
 
-from dynat.config.params import AutoAttack
+from dynat.config.params import AutoAttack, AutoAttackRun
 from dynat.evaluation import autoattack
 from dynat.evaluation.autoattack import STANDARD, Ensemble, evaluate
 from dynat.evaluation.chunks import Chunk, Chunks, StoppedError
@@ -262,3 +263,27 @@ def test_a_sample_that_only_the_copy_misreads_is_attacked_all_the_same(
     assert 0 < expected["square"].robust.sum() < 8
     for name in STANDARD:
         assert torch.equal(found[name].robust, expected[name].robust)
+
+
+def test_each_radius_has_the_verdicts_of_a_study_of_its_own_and_keeps_its_chunks_apart(
+    network: nn.Module, labels: Tensor, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(autoattack, "Package", Package)
+    networks: Any = SimpleNamespace(images=IMAGES, labels=labels, load=lambda name: (network, 3))
+    store: dict[str, Chunk] = {}
+    chunks = Chunks(store.get, store.__setitem__)
+    one, other = small(4), small(4).model_copy(update={"epsilon": 0.02, "n": [4]})
+    both = one.model_copy(update={"n": [8], "runs": [AutoAttackRun(epsilon=0.02, n=[2, 4])]})
+    found = autoattack.evaluate_selected(networks, both, chunks)
+    assert len(store) == 4 * 2 + 4
+    alone = [autoattack.evaluate_selected(networks, each, Chunks()) for each in (one, other)]
+    for evaluation, suffix in zip(alone, ("", " at 0.02"), strict=True):
+        for name, evidence in evaluation.evidence["best"].items():
+            again = found.evidence["best"][name + suffix]
+            assert torch.equal(evidence.robust, again.robust)
+            assert torch.equal(evidence.images, again.images)
+    assert list(found.union) == ["n8", "n2 at 0.02", "n4 at 0.02"]
+    assert found.union["n4 at 0.02"] == alone[1].union["n4"]
+    made = dict(store)
+    autoattack.evaluate_selected(networks, both, chunks)
+    assert store == made  # nothing is computed again

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 from synthetic import ATTACKS, COUNTS, files, params, records, recount, rows, stated, write
 
+from dynat.config.fields import radius
 from dynat.paper.cells import average
-from dynat.paper.measurements import radius
 
 
 def test_every_cell_can_be_recomputed_from_the_verdicts_it_names(tmp_path: Path) -> None:

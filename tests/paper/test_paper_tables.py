@@ -4,7 +4,18 @@ import json
 import re
 from pathlib import Path
 
-from synthetic import COUNTS, files, params, raised, records, recount, write
+from synthetic import (
+    COUNTS,
+    files,
+    hexadecimal,
+    params,
+    put,
+    raised,
+    records,
+    recount,
+    stated,
+    write,
+)
 
 
 def paper_rows(markdown: str) -> list[list[str]]:
@@ -76,6 +87,27 @@ def test_table_3_has_both_targets_of_the_same_method(tmp_path: Path) -> None:
     assert (
         "AA: the first 40 test images alone, easier or harder than all." in found["metrics/tables/table3.md"]
     )
+
+
+def test_below_an_apgd_of_the_authors_log_stands_that_of_autoattack_and_says_so(tmp_path: Path) -> None:
+    for method in ("dynat_at_mail", "mart"):
+        write(tmp_path, method, COUNTS, setting="cifar10_resnet18", aa={40: 27})
+        path = tmp_path / f"metrics/autoattack/cifar10_resnet18/{method}/0.json"
+        metrics = json.loads(path.read_text())
+        metrics["best"]["apgd-ce"] = stated(28, 40)
+        put(path, metrics | {"epsilon": 0.031})
+        companion = path.with_name("0.verdicts.json")
+        verdicts = json.loads(companion.read_text())
+        verdicts["best"]["apgd-ce"] = {"n": 40, "robust": hexadecimal([i < 28 for i in range(40)])}
+        put(companion, verdicts)
+    found = files(params(["mart"], ["dynat_at_mail"], settings=("cifar10_resnet18",)), tmp_path)
+    cells = json.loads(found["metrics/tables/cells.json"])
+    own, other = cells["table4/DYNAT-AT-MAIL/apgd-ce"], cells["table4/MART/apgd-ce"]
+    assert own["text"].startswith("70.00")
+    assert own["sources"][0]["file"].startswith("metrics/autoattack/")
+    assert other["text"].startswith("70.00" if COUNTS["apgd-ce"] == 70 else "")
+    assert other["sources"][0]["file"].startswith("metrics/attack/")
+    assert "ε = 0.031, unlike the rest of the column" in found["metrics/tables/table4.md"]
 
 
 def test_unselected_settings_fill_no_cell(tmp_path: Path) -> None:

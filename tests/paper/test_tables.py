@@ -1,11 +1,12 @@
 """Tables print what the verdicts count, keep what was not run, and refuse or mark what would mislead."""
 
+import json
 import re
 import statistics
 from pathlib import Path
 
 import pytest
-from synthetic import COUNTS, files, params, put, raised, records, rows, stated, write
+from synthetic import COUNTS, files, hexadecimal, params, put, raised, records, rows, stated, write
 
 # ----------------------------------------------------------------------------------------- what is printed
 
@@ -202,3 +203,29 @@ def test_columns_on_fewer_images_than_those_beside_them_are_said_to_be(tmp_path:
     write(tmp_path, "pgd_at", COUNTS, aa={100: 67})
     text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
     assert "test images alone" not in text
+
+
+def test_autoattack_at_a_second_radius_is_a_column_of_its_own_behind_the_first(tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, aa={40: 27})
+    folder = tmp_path / "metrics/autoattack/toy/pgd_at"
+    metrics, verdicts = (json.loads((folder / f"0{end}").read_text()) for end in (".json", ".verdicts.json"))
+    for n, robust in ((16, 8), (24, 9)):
+        metrics["aa"][f"n{n} at 0.031"] = stated(robust, n)
+    metrics["best"] |= {"square at 0.031": stated(9, 24), "apgd-ce": stated(30, 40)}
+    square = {"n": 24, "robust": hexadecimal([i < 8 or i == 20 for i in range(24)])}
+    first = {"n": 40, "robust": hexadecimal([i < 30 for i in range(40)])}
+    verdicts["best"] |= {"square at 0.031": square, "apgd-ce": first}
+    put(folder / "0.json", metrics)
+    put(folder / "0.verdicts.json", verdicts)
+    found = files(params(["pgd_at"], []), tmp_path)
+    text = found["metrics/tables/toy.md"]
+    heads = [head.strip() for head in text.splitlines()[4].strip("|").split("|")]
+    assert heads[-4:] == ["AA (n=40)", "AA at ε = 0.031 (n=16)", "AA at ε = 0.031 (n=24)", "All"]
+    row = text.splitlines()[6]
+    assert "67.50 [" in row
+    assert "50.00 [" in row
+    assert "37.50 [" in row
+    assert "AA at ε = 0.031: ε = 0.031, attack seed 0." in text
+    lines = {line["attack"]: line for line in records(found["metrics/tables/toy.csv"])}
+    assert lines["aa@0.031-n24"]["epsilon"] == "0.031"
+    assert lines["aa-apgd-ce"]["accuracy"] == "75.00"  # in the CSV alone

@@ -24,7 +24,8 @@ def values() -> pd.DataFrame:
     The index is the key of its cell, such as ``table1/DYNAT/aa``; in Table 3, which has its methods twice,
     with the target. Columns: ``row`` (the key without the attack), ``table`` (int), ``group`` ("Others" or
     "Ours"), ``target``, ``guide`` (empty without one), ``method`` (as the paper calls it), ``setting`` and
-    ``recipe`` (what reproduces it), ``column``, ``published`` (percent, as printed), as tuples of text
+    ``recipe`` (what reproduces it), ``column``, ``counterpart`` (the column of the results that is measured
+    like it), ``published`` (percent, as printed), as tuples of text
     ``notes`` (all that is known of its origin) and ``doubts`` (why it is no reference), and ``doubtful``.
     """
     notes = _read("notes.csv").set_index("key")
@@ -34,6 +35,8 @@ def values() -> pd.DataFrame:
     found["notes"] = [tuple(texts[key] for key in each) for each in keys]
     found["doubts"] = [tuple(texts[key] for key in each if doubtful[key]) for each in keys]
     found["doubtful"] = found["doubts"].map(lambda doubts: "yes" if doubts else "")
+    in_autoattack = keys.map(lambda each: "apgd_1000" in each)
+    found["counterpart"] = found["column"].mask(in_autoattack, "aa-" + found["column"])
     target = (found["target"] + "/").where(found["table"] == "3", "")
     found["row"] = "table" + found["table"] + "/" + target + found["method"]
     return found.astype({"table": int}).set_index(found["row"] + "/" + found["column"])
