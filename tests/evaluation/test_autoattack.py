@@ -1,6 +1,7 @@
 """AutoAttack in chunks: the same as the package in one go, resumable, and with its warnings kept."""
 
 from collections.abc import Callable
+from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
@@ -10,10 +11,15 @@ from pyautoattack import AutoAttack as Package
 from torch import Tensor, nn
 
 from dynat.config.params import AutoAttack, AutoAttackRun
+from dynat.config.params import load as load_params
+from dynat.data.sources import prepare
+from dynat.data.splits import load
 from dynat.evaluation import autoattack
 from dynat.evaluation.autoattack import STANDARD, Ensemble, evaluate
 from dynat.evaluation.chunks import Chunk, Chunks, StoppedError
 from dynat.evaluation.evidence import Evidence
+from dynat.methods.step import Engine
+from dynat.methods.training import Training
 from dynat.networks.architectures import build
 
 pytestmark = pytest.mark.slow
@@ -35,6 +41,9 @@ def short() -> Any:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(autoattack, "Package", Short)
         yield
+
+
+PARAMS = load_params()
 
 
 def small(batch: int) -> AutoAttack:
@@ -287,3 +296,27 @@ def test_each_radius_has_the_verdicts_of_a_study_of_its_own_and_keeps_its_chunks
     made = dict(store)
     autoattack.evaluate_selected(networks, both, chunks)
     assert store == made  # nothing is computed again
+
+
+@pytest.mark.slow
+def test_no_digit_that_withstands_apgd_tried_in_bf16_is_broken_by_it_in_float32(tmp_path: Path) -> None:
+    study, recipe = PARAMS.study["digits"], PARAMS.recipe("digits", "pgd_at")
+    prepare(study.data, tmp_path / "digits.safetensors", "data")
+    digits = load(tmp_path / "digits.safetensors", torch.device("cpu"))
+    torch.manual_seed(0)
+    target = build("cnn", 10, 1, width=16, depth=1, stem_stride=2)
+    short = recipe.model_copy(update={"schedule": recipe.schedule.model_copy(update={"epochs": 4})})
+    training = Training(Engine(short, target, None), study.train, digits, 0)
+    assert training.run(lambda _: None)
+    target.eval().requires_grad_(False)
+    x, y = digits.test_images / 255, digits.test_labels
+    right = target(x).argmax(1) == y
+    assert len(y) == 400
+    for epsilon in (0.05, 0.1, 0.15):
+        robust = {}
+        for precision in ("fp32", "bf16"):
+            spec = AutoAttack(epsilon=epsilon, n=[400], batch=400, precision=precision)
+            robust[precision] = right.clone()
+            robust[precision][Ensemble(target, x[:1], spec).attack("apgd-ce", x, y, right)["broken"]] = False
+        assert 20 < int(robust["bf16"].sum()) <= int(robust["fp32"].sum())
+        assert not (robust["bf16"] & ~robust["fp32"]).any()
