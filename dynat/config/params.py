@@ -102,7 +102,7 @@ class Attack(Section):
     batch: Count = 200
     seed: Index = 0
     # of crafting, every success verified in fp32; auto: tf32 on CUDA, else fp32
-    precision: Precision | Literal["auto"] = "auto"
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
 
 
 class AutoAttackRun(Section):

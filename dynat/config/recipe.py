@@ -211,7 +211,7 @@ class Train(Section):
     flip: bool = True
     mean: list[Number] | None = None  # one entry per channel, like std
     std: list[Positive] | None = None
-    precision: Precision | Literal["auto"] = "auto"  # auto: tf32 on CUDA, else fp32
+    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: tf32 on CUDA, else fp32
     # compiled: what an eval-mode inner attack forwards, by torch.compile; graph: that, and on a single CUDA
     # device a whole step as one CUDA graph
     engine: Literal["eager", "compiled", "graph"] = "eager"

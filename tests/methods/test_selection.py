@@ -4,22 +4,28 @@ import copy
 import random
 import re
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 import yaml
+from pyautoattack import AutoAttack as Package
 
-from dynat.config.params import Params, parse
+from dynat.config.params import Params, Study, parse
 from dynat.data.sources import prepare
 from dynat.errors import UserError
+from dynat.evaluation import autoattack, whitebox
+from dynat.evaluation.chunks import Chunks
 from dynat.methods.selection import refuse_setting
 from dynat.methods.setup import set_up
+from dynat.methods.training import Training
 from dynat.runtime.stage import Run
 
 TREE = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
 TREE["study"] = {"digits": TREE["study"]["digits"]}
 TREE["study"]["digits"]["machine"] = {"device": "cpu"}
+TREE["study"]["digits"]["autoattack"]["runs"] = [{"epsilon": 0.06, "n": [5, 30]}]
 for recipe in TREE["recipes"].values():
     recipe.pop("per_study", None)
 
@@ -148,7 +154,8 @@ def test_of_thousands_of_drawn_edits_each_is_refused_by_a_key_or_starts(
 ) -> None:
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    chance, started, refused = random.Random(0), 0, 0
+    monkeypatch.setattr(autoattack, "Package", Short)
+    chance, started, refused, evaluated = random.Random(0), 0, 0, 0
     for _ in range(2000):
         edits = drawn(chance)
         try:
@@ -167,13 +174,26 @@ def test_of_thousands_of_drawn_edits_each_is_refused_by_a_key_or_starts(
         study = params.study["digits"]
         small = sum(spec.model_dump().get("width") or 16 for spec in (study.target, study.guide)) < 100
         if small and study.target.name == study.guide.name == "cnn":
-            first_step(params)
+            training = first_step(params)
             started += 1
+            if any("attack." in key for key in edits):
+                first_evaluations(params.study["digits"], training)
+                evaluated += 1
     assert started > 50
+    assert evaluated > 5
     assert refused > 500
 
 
-def first_step(params: Params) -> None:
+class Short(Package):
+    """AutoAttack with next to no steps and queries."""
+
+    def __init__(self, *args: Any, **options: Any) -> None:
+        super().__init__(*args, **options)
+        self.apgd.n_iter = self.apgd_targeted.n_iter = self.fab.n_iter = 2
+        self.square.n_queries = 3
+
+
+def first_step(params: Params) -> Training:
     """Data, networks and one step of the first method, as the stages make them."""
     prepare(params.study["digits"].data, Path("data/digits.safetensors"), "study.digits.data")
     run = Run("digits", (*params.baselines, *params.variants)[0], params.seeds[0], params)
@@ -181,3 +201,17 @@ def first_step(params: Params) -> None:
     training.engine.set_epoch(0)
     *_, last = training.batches(0)
     assert torch.isfinite(training.engine.step(last).target_loss) or params.recipe("digits", run.method)
+    return training
+
+
+def first_evaluations(study: Study, training: Training) -> None:
+    """Both evaluations of a few images."""
+    target = training.networks["target"].eval().requires_grad_(False)
+    images, labels = training.data.test_images[:4], training.data.test_labels[:4]
+    few = {"pgd": [min(each, 3) for each in study.attack.pgd], "cw_steps": 2, "apgd_steps": 3}
+    found = whitebox.evaluate(target, images, labels, study.attack.model_copy(update=few), whitebox.ATTACKS)
+    assert len(found["apgd-ce"].robust) == 4
+    networks: Any = SimpleNamespace(images=images, labels=labels, load=lambda name: (target, 0))
+    spec = study.autoattack.model_copy(update={"workers": 1})
+    union = autoattack.evaluate_selected(networks, spec, Chunks()).union
+    assert len(union) == sum(len(asked.n) for asked in spec.by_radius.values())
