@@ -7,6 +7,7 @@ import os
 import platform
 import resource
 import time
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -47,16 +48,17 @@ class RunRecord:
     ) -> None:
         """Add hardware, versions and what else is known at the end, and write the file.
 
-        Time and energy are those since the last start, memory that of the first process.
+        Time and energy are those since the last start; energy is that of the devices of all ``processes``,
+        None if one of them does not tell it, memory that of the first process.
         """
-        seconds, device_id = time.monotonic() - self.clock, _uuid(device)
-        before, after = self.energy.get(device_id), joules().get(device_id)
+        seconds, used, now = time.monotonic() - self.clock, _uuids(device, processes), joules()
+        known = used and all(each in self.energy and each in now for each in used)
         self.values |= {
             "started": self.started.isoformat(timespec="seconds"),
             "seconds": round(seconds, 2),
             "device_hours": round(seconds * processes / 3600, 5),
             "peak_memory_bytes": peak_memory(device),
-            "energy_joules": None if before is None or after is None else round(after - before),
+            "energy_joules": round(sum(now[each] - self.energy[each] for each in used)) if known else None,
             **circumstances(device),
             "processes": processes,
             "resumed": resumed,
@@ -71,32 +73,35 @@ def joules() -> dict[str, float]:
 
     Everything on the device counts. Empty without the package ``nvidia-ml-py`` or without a device.
     """
-    try:
+    found = {}
+    with suppress(Exception):  # a driver may fail in many ways, and a record must not cost a training
         import pynvml  # type: ignore[import-not-found]
 
         pynvml.nvmlInit()
-        handles = [pynvml.nvmlDeviceGetHandleByIndex(each) for each in range(pynvml.nvmlDeviceGetCount())]
-        return {
-            str(pynvml.nvmlDeviceGetUUID(each)): pynvml.nvmlDeviceGetTotalEnergyConsumption(each) / 1000
-            for each in handles
-        }
-    except Exception:  # a driver may fail in many ways, and a record must not cost a training
-        return {}
+        for index in range(pynvml.nvmlDeviceGetCount()):
+            with suppress(Exception):  # nor the others' energy, where one is too old to tell its own
+                handle = pynvml.nvmlDeviceGetHandleByIndex(index)
+                millijoules = pynvml.nvmlDeviceGetTotalEnergyConsumption(handle)
+                found[str(pynvml.nvmlDeviceGetUUID(handle))] = millijoules / 1000
+    return found
 
 
-def _uuid(device: "torch.device") -> str:
+def _uuids(device: "torch.device", processes: int) -> list[str]:
+    """NVML's names of the CUDA devices of all processes, the first ones that CUDA sees; none for a CPU."""
     import torch
 
-    return f"GPU-{torch.cuda.get_device_properties(device).uuid}" if device.type == "cuda" else ""
+    used = [*range(processes)] if processes > 1 else [device]
+    of = torch.cuda.get_device_properties
+    return [f"GPU-{of(each).uuid}" for each in used] if device.type == "cuda" else []
 
 
 def peak_memory(device: "torch.device") -> int:
-    """Bytes of tensors on a CUDA device at their most; on a CPU those of the whole process."""
+    """Bytes of tensors on a CUDA device at their most; on a CPU of this process, forked workers apart."""
     import torch
 
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
-    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return 1024 * resource.getrusage(resource.RUSAGE_SELF).ru_maxrss  # Linux counts in KiB
 
 
 def circumstances(device: "torch.device") -> dict[str, Any]:
