@@ -1,9 +1,10 @@
 """Cost beside accuracy: ``python -m dynat.cost`` writes ``metrics/runs/cost.md`` and ``cost.html``.
 
-Hours, memory and energy are those of the records in ``metrics/runs``, accuracies are counted from the
-verdicts as the tables count them. Nothing here is an output of the pipeline, for a time may not enter one.
+Hours, memory and energy are those of the records in ``metrics/runs``, accuracies and their footnotes those of
+the tables. Nothing here is an output of the pipeline, for a time may not enter one.
 """
 
+from dataclasses import replace
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -13,122 +14,155 @@ import pandas as pd
 from dynat.config.params import Params, load
 from dynat.errors import UserError
 from dynat.paper import figures
-from dynat.paper.measurements import read_results
 from dynat.paper.report import templates
+from dynat.paper.tables import Item, Table, markdown
+from dynat.paper.tabulation import Tabulation, tabulate
 from dynat.runtime.files import read_json, write_atomically
 from dynat.runtime.stage import main
 
 FOLDER = Path("metrics/runs")
 STAGES = ("train", "attack", "autoattack")
-COLUMNS = {"clean": "Clean, %", "pgd20": "PGD-20, %", "aa": "AA, %"}
-Accuracies = dict[Any, float]  # mean in percent over the seeds
-HEAD = [
-    "Method",
-    "Seeds",
-    "Training, h",
-    "Evaluation, h",
-    "Memory, GiB",
-    "Energy, kWh",
-    *COLUMNS.values(),
-    "Hardware",
-]
+TRAINING, EVALUATION = STAGES[:1], STAGES[1:]
+COSTS = ["Training (h)", "Training (device h)", "Evaluation (device h)", "Memory (GiB)"]
+HEAD = ["Method", "Seeds", *COSTS, "Energy (kWh)", "Hardware"]
+ACCURACIES = ("Clean", "PGD-20", "AA")  # headings of a setting's table
+NONE = "—"
 INTRODUCTION = (
-    "Means over the seeds. Hours are device hours, those of a run times its processes, each with a device of "
-    "its own; ≥ marks a run that was stopped and resumed, of which only the last start is known. Memory is "
-    "the peak, the largest of training and evaluation: tensors on a GPU, the whole process on a CPU. Energy "
-    "is what the GPU took in all while they ran. Hours on different hardware do not compare."
+    "Means over the seeds that have a record. Device hours are the hours of a run times its processes, each "
+    "with a device of its own. Memory is the peak, the largest of training and evaluation: tensors on a GPU, "
+    "the whole process on a CPU. Energy, of training and evaluation, is all that the GPUs took meanwhile. ≥: "
+    "at least; of a run that was resumed only the last start is known, or not every record tells it. "
+    "Hours on different devices do not compare."
 )
 
 
 def write(root: Path = Path()) -> None:
     """Write both files below ``root``; :class:`UserError` if no selected run has a record."""
     params = load(root / "params.yaml")
-    records, accuracies = read_records(params, root), read_accuracies(params, root)
+    found, records = tabulate(params, root), read_records(params, root)
     if records.empty:
-        raise UserError(f"{FOLDER}: no record of a selected run; dvc repro makes one with each run")
-    tables = {setting: table_of(setting, params, records, accuracies) for setting in params.settings}
-    page = templates().get_template("cost.html").render(introduction=INTRODUCTION, tables=tables)
-    lines = ["# Cost beside accuracy", "", INTRODUCTION]
-    for setting, table in tables.items():
-        lines += ["", f"## {setting}", "", *markdown([HEAD, *table["rows"]])]
-    write_atomically(root / FOLDER / "cost.md", ("\n".join(lines) + "\n").encode())
-    write_atomically(root / FOLDER / "cost.html", page.encode())
-    print(*lines, sep="\n")
+        raise UserError(f"{FOLDER}: no record of a selected run; dvc repro (-f if all is done) makes them")
+    tables = {setting: table_of(setting, found, records) for setting in params.settings}
+    drawn = {setting: figure_of(setting, found, records) for setting in params.settings}
+    page = templates().get_template("cost.html")
+    html = page.render(introduction=INTRODUCTION, tables=tables, figures=drawn)
+    text = f"# Cost beside accuracy\n\n{INTRODUCTION}\n"
+    text += "".join(f"\n#{markdown([table])}" for table in tables.values())
+    write_atomically(root / FOLDER / "cost.md", text.encode())
+    write_atomically(root / FOLDER / "cost.html", html.encode())
+    print(text)
 
 
 def read_records(params: Params, root: Path) -> pd.DataFrame:
-    """A row per record: setting, method, seed, stage, hours, whether resumed, bytes, joules, hardware."""
+    """A row per record that is of the weights of the metrics, in the order of the selection.
+
+    Setting, method, seed, stage; hours of the run and of its devices, whether it was resumed; bytes and
+    joules, NaN where the record does not tell; the device, and how many of it. :class:`UserError` on a broken
+    record.
+    """
     rows = []
-    methods = (*params.baselines, *params.variants)
-    for stage, *run in product(STAGES, params.settings, methods, params.seeds):
-        record = read_json(root, f"{FOLDER}/{stage}/{'/'.join(map(str, run))}.json")
-        if record is None:
-            continue
-        hardware, processes = record["hardware"], record["processes"]
-        gpu = hardware["accelerator"] != "none"
-        rows.append(
-            {
-                **dict(zip(("setting", "method", "seed"), run, strict=True)),
-                "stage": stage,
-                "hours": record["seconds"] * processes / 3600,
-                "resumed": record["resumed"] > 0,
-                "bytes": record.get("peak_memory_bytes"),
-                "joules": record.get("energy_joules"),
-                "hardware": f"{processes} x {hardware['accelerator' if gpu else 'processor']}",
-            }
-        )
-    return pd.DataFrame(rows)
+    for *run, stage in product(params.settings, (*params.baselines, *params.variants), params.seeds, STAGES):
+        name = "/".join(map(str, run))
+        file = f"{FOLDER}/{stage}/{name}.json"
+        try:
+            metrics = [read_json(root, f"metrics/{kind}/{name}.json") for kind in EVALUATION]
+            weights = {each["model_sha256"] for each in metrics if each}
+            record = read_json(root, file)
+            if record is not None and weights <= {record["model_sha256"]}:
+                rows.append([*run, stage, *_costs(record)])
+        except (KeyError, TypeError, ValueError) as error:
+            text = f"{file}: not as the stages write it ({error!r}); run dvc repro -f of that stage"
+            raise UserError(text) from None
+    names = ["setting", "method", "seed", "stage", "hours", "device_hours", "resumed", "bytes", "joules"]
+    kinds = dict.fromkeys(("hours", "device_hours", "bytes", "joules"), float)
+    return pd.DataFrame(rows, columns=[*names, "device", "hardware"]).astype(kinds)
 
 
-def read_accuracies(params: Params, root: Path) -> Accuracies:
-    """By setting, method and column of the tables; of what was measured alone."""
-    measured = read_results(params, root).measurements
-    shares = 100 * measured["robust"] / measured["n"]
-    means = shares.groupby([measured[name] for name in ("setting", "method", "column")]).mean()
-    return {key: float(mean) for key, mean in means.to_dict().items()}
+def _costs(record: dict[str, Any]) -> tuple[float | bool | str | None, ...]:
+    hours, processes, hardware = record["seconds"] / 3600, record["processes"], record["hardware"]
+    device = hardware["accelerator"] if hardware["accelerator"] != "none" else hardware["processor"]
+    measured = record.get("peak_memory_bytes"), record.get("energy_joules")
+    return hours, hours * processes, record["resumed"] > 0, *measured, device, f"{processes} × {device}"
 
 
-def table_of(setting: str, params: Params, records: pd.DataFrame, accuracies: Accuracies) -> dict[str, Any]:
-    """The rows of a setting, a method each, what was not run as a dash, and its figure or ""."""
-    rows, points = [], dict[str, tuple[float, float]]()
-    for method in (*params.baselines, *params.variants):
-        own = records[(records["setting"] == setting) & (records["method"] == method)]
-        training, evaluation = (own[(own["stage"] == "train") == first] for first in (True, False))
-        rows.append(
-            [
-                method,
-                str(own["seed"].nunique()),
-                hours(training),
-                hours(evaluation),
-                text(own["bytes"].max() / 2**30, 2),
-                text(own["joules"].sum(min_count=1) / own["seed"].nunique() / 3.6e6, 4),
-                *(text(accuracies.get((setting, method, column)), 2) for column in COLUMNS),
-                ", ".join(sorted(own["hardware"].unique())) or "—",
-            ]
-        )
-        if len(training) and (setting, method, "aa") in accuracies:
-            points[method] = training["hours"].mean(), accuracies[setting, method, "aa"]
-    figure = figures.against_hours(f"cost-{setting}", points, {*params.variants}) if points else ""
-    return {"head": HEAD, "rows": rows, "figure": figure}
+def table_of(setting: str, found: Tabulation, records: pd.DataFrame) -> Table:
+    """The table of a setting: a row per method as in its table of accuracies, a dash for what was not run."""
+    chosen, ours = found.tables[setting][0], records[records["setting"] == setting]
+    places = [i for i, head in enumerate(chosen.head) if head.partition(" (")[0] in ACCURACIES]
+    text = f"Accuracies are those of `metrics/tables/{setting}.md`, in percent."
+    if ours["device"].nunique() > 1:
+        text += " These runs were made on different devices: their hours do not compare."
+    if missing := _missing(setting, found.params, ours):
+        text += f" No record of these weights: {', '.join(missing)}."
+    table = Table(setting, text, [*HEAD[:-1], *(chosen.head[i] for i in places), HEAD[-1]])
+    for row in chosen.rows:
+        own = ours[ours["method"] == row[0].text]
+        costs = [
+            str(own["seed"].nunique()),
+            _mean(own, "hours", TRAINING),
+            _mean(own, "device_hours", TRAINING),
+            _mean(own, "device_hours", EVALUATION),
+            _peak(own),
+            _mean(own.assign(kwh=own["joules"] / 3.6e6), "kwh", STAGES),
+        ]
+        accuracies = [replace(row[i], text=row[i].text or NONE, key=None) for i in places]
+        table.rows.append([row[0], *map(Item, costs), *accuracies, Item(_hardware(own))])
+    return table
 
 
-def hours(records: pd.DataFrame) -> str:
-    """The mean over seeds of the hours of all ``records`` of a seed."""
-    if records.empty:
-        return "—"
-    least = "≥ " if records["resumed"].any() else ""
-    return least + text(records.groupby("seed")["hours"].sum().mean(), 4)
+def figure_of(setting: str, found: Tabulation, records: pd.DataFrame) -> str:
+    """AutoAttack accuracy against device hours of training, a mean over seeds each; empty without both."""
+    cells = found.cells[(found.cells["row"] == setting) & (found.cells["column"] == "aa")]
+    robust = cells.set_index("method")["mean"].astype(float)
+    trained = records[(records["setting"] == setting) & (records["stage"] == "train")]
+    points = trained.groupby("method", sort=False)["device_hours"].mean().to_frame().join(robust, how="inner")
+    devices = trained.groupby("method")["device"].unique()
+    resumed = trained.loc[trained["resumed"], "method"].array
+    points["label"] = [
+        method
+        + (f", {' and '.join(devices[method])}" if trained["device"].nunique() > 1 else "")
+        + (" (at least)" if method in resumed else "")
+        for method in points.index
+    ]
+    return figures.against_hours(f"cost-{setting}", points, {*found.params.variants}) if len(points) else ""
 
 
-def text(value: float | None, digits: int) -> str:
-    """A number with so many digits after its point, a dash for none."""
-    return "—" if value is None or pd.isna(value) else f"{value:.{digits}f}"
+def _missing(setting: str, params: Params, records: pd.DataFrame) -> list[str]:
+    """What has no record: a run, such as ``dynat/0``, or some stages of it."""
+    known = {*records[["method", "seed", "stage"]].itertuples(index=False, name=None)}
+    missing = []
+    for run in product((*params.baselines, *params.variants), params.seeds):
+        stages = [stage for stage in STAGES if (*run, stage) not in known]
+        which = f"{' and '.join(stages)} of " if len(stages) < len(STAGES) else ""
+        missing += [f"{which}{run[0]}/{run[1]}"] if stages else []
+    return missing
 
 
-def markdown(rows: list[list[str]]) -> list[str]:
-    """The lines of a table whose first row is its head."""
-    lines = ["| " + " | ".join(row) + " |" for row in rows]
-    return [lines[0], "| --- |" + " --: |" * (len(rows[0]) - 2) + " --- |", *lines[1:]]
+def _mean(records: pd.DataFrame, column: str, stages: tuple[str, ...]) -> str:
+    """The mean over seeds of the sum over ``stages``, with ≥ where part of it is not known."""
+    own = records[records["stage"].isin(stages) & records[column].notna()]
+    sums = own.groupby("seed")[column].sum()
+    if own.empty:
+        return NONE
+    least = len(own) < len(sums) * len(stages) or own["resumed"].any()
+    return f"{'≥ ' if least else ''}{sums.mean():.4f}"
+
+
+def _peak(records: pd.DataFrame) -> str:
+    """The largest peak of all records in GiB, with ≥ where part of it is not known."""
+    own = records[records["bytes"].notna()]
+    if own.empty:
+        return NONE
+    least = len(own) < records["seed"].nunique() * len(STAGES) or own["resumed"].any()
+    return f"{'≥ ' if least else ''}{own['bytes'].max() / 2**30:.2f}"
+
+
+def _hardware(records: pd.DataFrame) -> str:
+    """The number and name of the devices, with the stages that ran there if not all ran on the same."""
+    stages = records.groupby("hardware", sort=False)["stage"].unique().map(", ".join).to_dict()
+    return (
+        "; ".join(f"{name} ({of})" if len(stages) > 1 else str(name) for name, of in stages.items()) or NONE
+    )
 
 
 if __name__ == "__main__":

@@ -14,7 +14,9 @@ import pandas as pd
 from matplotlib import rcParams, style
 from matplotlib.axes import Axes
 from matplotlib.figure import Figure
+from matplotlib.text import Text
 from matplotlib.ticker import MaxNLocator
+from matplotlib.transforms import Bbox
 
 INK = "#0a0b0c"  # stands for currentColor until the SVG is written
 COLOURS = ("#0000c0", "#0000c1", "#0000c2", "#0000c3", "#0000c4", "#0000c5")  # stand for --c0 to --c5
@@ -106,16 +108,32 @@ def against_epsilon(name: str, radii: pd.DataFrame, dashed: set[str]) -> str:
 
 
 @style.context(STYLE)
-def against_hours(name: str, costs: dict[str, tuple[float, float]], family: set[str]) -> str:
-    """Accuracy under AutoAttack (percent) against hours of training; the ``family`` round, others square."""
-    unit, factor = ("hours", 1) if max(hours for hours, _ in costs.values()) >= 1 else ("minutes", 60)
+def against_hours(name: str, points: pd.DataFrame, family: set[str]) -> str:
+    """Accuracy under AutoAttack (``mean``, percent) against the ``device_hours`` of a training.
+
+    A point per method (index of ``points``), round for the ``family`` and else square, and beside it its
+    ``label``, where it covers no other.
+    """
+    unit, factor = ("hours", 1) if points["device_hours"].max() >= 1 else ("minutes", 60)
     axes = _axes(4.6, 3.0, xlabel=f"device {unit} of a training", ylabel="AutoAttack, %")
-    for method, (hours, robust) in costs.items():
-        place = [each for each in costs if (each in family) == (method in family)].index(method)
-        colour, marker = COLOURS[place % len(COLOURS)], "o" if method in family else "s"
-        axes.plot([factor * hours], [robust], marker, color=colour, ms=5, label=method)
-    axes.margins(x=0.1, y=0.1)
-    axes.legend(fontsize=7, loc="best")
+    points = points.sort_values(["device_hours", "mean"], ascending=False, kind="stable")
+    places = [*zip(factor * points["device_hours"], points["mean"], strict=True)]
+    for method, place in zip(points.index, places, strict=True):
+        axes.plot(*place, "o" if method in family else "s", color=COLOURS[method in family], ms=5)
+    axes.margins(x=0.3, y=0.15)
+    axes.figure.subplots_adjust(right=0.94)  # half of a long number below the axis
+    axes.autoscale_view()  # at once: where labels go depends on it
+    taken = [Bbox.from_bounds(x - 4, y - 4, 8, 8) for x, y in axes.transData.transform(places)]
+    for label, place in zip(points["label"], places, strict=True):
+        line = {"arrowstyle": "-", "color": INK, "lw": 0.4, "shrinkA": 0, "shrinkB": 3}
+        text = axes.annotate(label, place, (0, 0), textcoords="offset points", fontsize=7, arrowprops=line)
+        for height, (side, align) in product((3, -8, 11, -16, 19, -24), ((4, "left"), (-4, "right"))):
+            text.set(position=(side, height), ha=align)
+            text.get_window_extent()  # moves it; its own extent has the line as well
+            box = Text.get_window_extent(text)
+            if axes.bbox.x0 <= box.x0 and box.x1 <= axes.bbox.x1 and not box.count_overlaps(taken):
+                break
+        taken.append(box)
     return _svg(axes, name)
 
 
@@ -135,7 +153,8 @@ def _svg(axes: Axes, name: str) -> str:
     svg = re.sub(r"<(metadata|style)\b.*?</\1>", "", text.getvalue(), flags=re.DOTALL)
     svg = re.sub(r'(?<= )(width|height)="[0-9.]+pt" ?', "", svg[svg.index("<svg") :])
     svg = re.sub(r"font-family: [^;\"]*;? ?", "", svg)
-    svg = re.sub(r"(\.\d\d)\d+", r"\1", re.sub(r"\s+", " ", svg))  # hundredths of a point are enough
+    svg = re.sub(r"\s+", " ", svg)
+    svg = re.sub(r"(\.\d\d)\d+(?=[^<>]*>)", r"\1", svg)  # hundredths of a point are enough, but not in texts
     svg = re.sub(r'\b(id="|xlink:href="#|url\(#)', rf"\g<1>{name}-", svg)
     for rank, colour in enumerate(COLOURS):
         svg = svg.replace(colour, f"var(--c{rank})")
