@@ -13,15 +13,15 @@ ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "pyproject.toml"
 LINES = {  # of *.py at most; a number here goes up only with what a user gets for it
     "stages": 260,
-    "dynat/audit": 1215,
+    "dynat/audit": 1235,
     "dynat/accept": 510,
     "dynat/paper": 900,
-    "dynat/evaluation": 1000,
-    "dynat/methods": 1130,
+    "dynat/evaluation": 1010,
+    "dynat/methods": 1135,
     "dynat/networks": 500,
     "dynat/data": 600,
     "dynat/runtime": 1340,
-    "dynat/config": 630,
+    "dynat/config": 680,
     "dynat/cost.py": 170,
     "dynat/errors.py": 10,
 }
@@ -61,8 +61,8 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 8223
-    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 3850
+    assert sum(sizes.values()) <= 8320
+    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 3910
 
 
 def test_no_module_is_longer_than_330_lines_and_no_function_than_50() -> None:
