@@ -22,7 +22,7 @@ from dynat.methods import attacks
 from dynat.methods.setup import is_compiled, set_up
 from dynat.networks.weights import load_network, load_weights
 from dynat.runtime.files import read_csv, read_json, sha256
-from dynat.runtime.machine import device_of, fingerprint
+from dynat.runtime.machine import convolutions, device_of, fingerprint
 from dynat.runtime.stage import Run
 
 FLOAT = 1e-6  # of the ball and of [0,1]
@@ -106,7 +106,8 @@ def _faults(stored: Stored, epsilon: float) -> list[str]:
     robust, indices, adversarial = stored.robust, stored.indices, stored.adversarial
     natural = to_unit(stored.images)
     images, labels = torch.cat([natural, adversarial]), torch.cat([stored.labels, stored.labels[indices]])
-    logits = torch.cat([stored.network(part) for part in images.split(500)])
+    with convolutions("fp32"):  # a training that was replayed before may have left TF32 on
+        logits = torch.cat([stored.network(part) for part in images.split(500)])
     clean, attacked = attacks.margins(logits, labels).split([len(robust), len(indices)])
     has_witness = torch.zeros_like(robust)
     has_witness[indices] = True
