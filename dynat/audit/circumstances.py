@@ -71,6 +71,9 @@ def _described(name: str, record: dict[str, Any], logged: bool) -> Link:
         times if epoch is None else f"{times}, last at epoch {epoch}",
         f"MLflow run {run_id[:10]} {store}" if run_id else "no MLflow run",
     ]
+    if record.get("node"):
+        gpu = f", GPU {record['gpu']}" if record.get("gpu") else ""
+        parts.insert(1, f"fleet node {record['node']}{gpu}, attempt {record['attempt']}")
     if record.get("experiment"):
         parts.append(f"experiment {record['experiment']} on {str(record.get('baseline_rev'))[:10]}")
     details = [f"{key} {value}" for key, value in {**hardware, **versions}.items()]

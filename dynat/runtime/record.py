@@ -21,6 +21,7 @@ from dynat.runtime.stage import Run
 if TYPE_CHECKING:
     import torch
 
+FLEET = ("node", "gpu", "attempt")  # where a fleet ran it, and for which time; else None
 PACKAGES = ("torch", "torchvision", "numpy", "pyautoattack", "scikit-learn", "safetensors", "dvc", "mlflow")
 
 
@@ -36,6 +37,7 @@ class RunRecord:
             "baseline_rev": os.environ.get("DVC_EXP_BASELINE_REV"),
             "seed": run.seed,
             "code": code_key(stage),
+            **{name: os.environ.get(f"DYNAT_{name.upper()}") for name in FLEET},
         }
 
     def write(
@@ -114,11 +116,11 @@ def circumstances(device: "torch.device") -> dict[str, Any]:
             "device": device.type,
             **fingerprint(device),
         },
-        "versions": {"python": platform.python_version(), **{name: _version(name) for name in PACKAGES}},
+        "versions": {"python": platform.python_version(), **{name: installed(name) for name in PACKAGES}},
     }
 
 
-def _version(package: str) -> str | None:
+def installed(package: str) -> str | None:
     """The installed version, None where there is none: a stage needs neither dvc nor mlflow."""
     try:
         return version(package)

@@ -64,6 +64,9 @@ def main(stage: Callable[[], int | None]) -> None:
         status = INTERRUPTED
     sys.stdout.flush()
     sys.stderr.flush()
+    if file := os.environ.get("DYNAT_STATUSES"):  # torchrun's own exit status is 1 for any other than 0
+        with open(file, "a", encoding="utf-8") as statuses:
+            statuses.write(f"{status}\n")
     os._exit(status)  # taking torch and MLflow down takes a second, and crashes beside a thread that hangs
 
 
