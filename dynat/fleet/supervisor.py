@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 PR_SET_PDEATHSIG = 1
+SHELL = set("&|;<>()$`\n")  # with one of these a command is more than one program
 MISTAKE, INTERRUPTED = 2, 75  # exit statuses of the stages
 
 
@@ -40,9 +41,9 @@ def main(request: dict[str, Any]) -> int:
 
     statuses = Path(request["statuses"])
     statuses.unlink(missing_ok=True)
-    command = subprocess.Popen(
-        ["/bin/sh", "-c", f"exec {request['command']}"], process_group=0, preexec_fn=die_with_parent
-    )
+    text = request["command"]
+    script = text if SHELL & set(text) else f"exec {text}"  # in the shell's place: the signal must reach it
+    command = subprocess.Popen(["/bin/sh", "-c", script], process_group=0, preexec_fn=die_with_parent)
     threading.Thread(target=_watch, args=(command, request["watch"], request["grace"]), daemon=True).start()
     code = command.wait()
     status = code if code >= 0 else 128 - code
