@@ -75,6 +75,7 @@ MAY_SKIP = (  # why a test may be left out on some machine; any other reason fai
     r"no Python \d\.\d+ on this machine",
     "only root can mount a small disk",
     "this machine lets nobody mount a small disk",
+    "needs namespaces, which this machine does not let us make",
 )
 
 

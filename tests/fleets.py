@@ -77,7 +77,7 @@ def repository(folder: Path, *, seconds: float = 2.0, faulty: bool = False, wide
         stages["after"] = stage("after", 0, ["out/faulty"])
     stages["last"] = stage("last", 0.1, [f"out/{name}2" for name in "abcdefgh"[:wide]])
     (folder / "dvc.yaml").write_text(yaml.safe_dump({"stages": stages}, sort_keys=False))
-    (folder / ".gitignore").write_text((ROOT / ".gitignore").read_text() + "/journal.txt\n")
+    (folder / ".gitignore").write_text((ROOT / ".gitignore").read_text() + "/journal.txt\n/out/\n")
     pipelines.git(folder, "init", "-q", "--template=")
     pipelines.commit(folder, "sleepers")
     return folder
@@ -153,7 +153,11 @@ def cluster(**nodes: dict[str, Any]) -> Iterator[Any]:
     os.environ["RAY_ENABLE_UV_RUN_RUNTIME_ENV"] = "0"
     from ray.cluster_utils import Cluster
 
-    quick = {"health_check_period_ms": 500, "health_check_timeout_ms": 1000, "health_check_failure_threshold": 4}
+    quick = {
+        "health_check_period_ms": 500,
+        "health_check_timeout_ms": 1000,
+        "health_check_failure_threshold": 4,
+    }
     head = {"num_cpus": 0, "include_dashboard": False, "_system_config": quick}
     found = Cluster(initialize_head=True, head_node_args=head)
     try:

@@ -92,7 +92,9 @@ def test_a_supervisor_that_is_killed_takes_its_command_with_it(tmp_path: Path) -
 
 
 @pytest.mark.parametrize(("statuses", "expected"), [("75\n75\n", 75), ("75\n2\n", 2), ("0\n1\n", 1), ("", 1)])
-def test_the_status_below_torchrun_is_that_of_the_stages(tmp_path: Path, statuses: str, expected: int) -> None:
+def test_the_status_below_torchrun_is_that_of_the_stages(
+    tmp_path: Path, statuses: str, expected: int
+) -> None:
     (tmp_path / "work.py").write_text(f"open('statuses', 'a').write({statuses!r}); raise SystemExit(1)")
     process, writing = begin(tmp_path, COMMAND)
     assert process.wait() == expected

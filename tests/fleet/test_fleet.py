@@ -1,0 +1,270 @@
+"""The fleet as a user starts it, on Ray nodes of this machine, with stages that sleep; and what strikes it."""
+
+import os
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+from fleets import (
+    begun,
+    cluster,
+    committed,
+    environment,
+    finish,
+    journal,
+    parents,
+    ray_worker_of,
+    repository,
+    run,
+    start,
+    until,
+)
+from pipelines import commit, dvc, duplicate
+
+pytestmark = pytest.mark.slow
+GPU = {"num_cpus": 4, "num_gpus": 2}
+NAMESPACES = "needs namespaces, which this machine does not let us make"
+
+
+@pytest.fixture(scope="module")
+def serial(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """What ``dvc repro`` makes of the sleepers."""
+    folder = repository(tmp_path_factory.mktemp("serial") / "r", seconds=0.1)
+    assert dvc(folder, "repro").returncode == 0
+    return folder
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    return repository(tmp_path / "r")
+
+
+def same_outputs(folder: Path, serial: Path) -> bool:
+    return {k: v for k, v in committed(folder).items() if k != "dvc.lock"} == {
+        k: v for k, v in committed(serial).items() if k != "dvc.lock"
+    }
+
+
+def test_stages_run_side_by_side_on_gpus_of_their_own_and_the_lock_is_the_serial_one(tmp_path: Path) -> None:
+    folder, other = (repository(tmp_path / name, seconds=1.5) for name in ("fleet", "serial"))
+    with cluster(node={"num_cpus": 8, "num_gpus": 4}) as nodes:
+        status, output = run(folder, "--address", nodes.address, OMP_NUM_THREADS="7")
+    assert status == 0, output
+    assert dvc(other, "repro").returncode == 0
+    assert committed(folder) == committed(other)
+    events = journal(folder)
+    gpus = [gpu for what, name, gpu, *_ in events if what == "start" and name in "abcd"]
+    assert sorted(gpus) == ["0", "1", "2", "3"]
+    first_end = next(place for place, each in enumerate(events) if each[:1] == ["end"] and each[1] in "abcd")
+    assert sum(each[0] == "start" and each[1] in "abcd" for each in events[:first_end]) == 4
+    assert {gpu for what, name, gpu, *_ in events if what == "start" and name not in "abcd"} == {""}
+    assert {threads for what, *_, threads, _ in events if what == "start"} == {"7"}
+    assert "up to date" in dvc(folder, "repro").stdout
+    assert "10 of 10 stages are done" in output
+
+
+def test_a_dry_run_tells_what_is_to_do_and_what_is_missing_and_does_nothing(folder: Path) -> None:
+    with cluster(node={"num_cpus": 2}) as nodes:
+        status, output = run(folder, "--dry", "--address", nodes.address)
+        assert status == 0, output
+        assert journal(folder) == []
+        assert "a: to run, 1 GPUs" in output
+        assert "resources fall short: 1 GPUs are needed at once, and no node has as many" in output
+        assert dvc(folder, "repro", "first").returncode == 0
+        _, output = run(folder, "--dry", "--address", nodes.address, "first")
+        assert "first: unchanged" in output
+        assert run(folder, "--address", nodes.address)[0] == 1  # the others cannot be placed
+
+
+def test_a_failing_stage_stops_only_what_depends_on_it(tmp_path: Path) -> None:
+    folder = repository(tmp_path / "r", seconds=0.2, faulty=True)
+    with cluster(node=GPU) as nodes:
+        status, output = run(folder, "--address", nodes.address)
+    assert status == 1, output
+    assert (
+        "failed: faulty: exit status 1: this stage always fails (log: .dvc/tmp/fleet/logs/faulty.log)"
+        in output
+    )
+    assert "not run, since they depend on these: after" in output
+    assert begun(folder, "faulty") == 1
+    assert begun(folder, "last", "end") == 1
+
+
+def test_a_worker_that_is_killed_costs_only_what_was_not_saved(folder: Path, serial: Path) -> None:
+    with cluster(node=GPU) as nodes:
+        process = start(folder, "--address", nodes.address)
+        until(lambda: begun(folder, "a"))
+        time.sleep(1)
+        os.kill(ray_worker_of(folder, "a"), signal.SIGKILL)
+        status, output = finish(process)
+    assert status == 0, output
+    assert same_outputs(folder, serial)
+    assert (begun(folder, "a"), begun(folder, "a", "stopped")) == (2, 1)
+    assert all(begun(folder, name) == 1 for name in ("first", "a2", "b", "c", "d", "last"))
+
+
+@pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "freezes"])
+def test_the_stages_of_a_lost_node_go_on_elsewhere(how: signal.Signals, folder: Path, serial: Path) -> None:
+    with cluster(one=GPU, two=GPU) as nodes:
+        process = start(folder, "--address", nodes.address)
+        until(lambda: begun(folder, "a"))
+        time.sleep(0.5)
+        raylets = {each.all_processes["raylet"][0].process.pid for each in nodes.named.values()}
+        line = parents(ray_worker_of(folder, "a"))
+        raylet = next(pid for pid in line if pid in raylets)
+        struck = [raylet]
+        if how == signal.SIGSTOP:
+            children = Path(f"/proc/{raylet}/task/{raylet}/children").read_text().split()
+            struck += [int(each) for each in children]
+        for pid in struck:
+            os.kill(pid, how)
+        status, output = finish(process)
+        for pid in struck if how == signal.SIGSTOP else ():
+            os.kill(pid, signal.SIGKILL)
+    assert status == 0, output
+    assert same_outputs(folder, serial)
+    assert "tried again" in output
+    assert all(begun(folder, name, "end") == 1 for name in ("first", "a", "b", "c", "d", "last"))
+
+
+def test_a_driver_that_is_killed_loses_nothing(folder: Path, serial: Path) -> None:
+    with cluster(node=GPU) as nodes:
+        process = start(folder, "--address", nodes.address)
+        until(lambda: begun(folder, "a", "end"))
+        until(lambda: begun(folder, "c") + begun(folder, "d"))
+        process.kill()
+        process.communicate()
+        status, output = run(folder, "--address", nodes.address)
+    assert status == 0, output
+    assert same_outputs(folder, serial)
+    assert all(begun(folder, name, "end") == 1 for name in ("first", "a", "b", "c", "d", "last"))
+
+
+def test_ctrl_c_stops_gracefully_and_the_same_command_goes_on(folder: Path, serial: Path) -> None:
+    with cluster(node=GPU) as nodes:
+        process = start(folder, "--address", nodes.address)
+        until(lambda: begun(folder, "a"))
+        time.sleep(0.7)
+        process.send_signal(signal.SIGINT)
+        status, output = finish(process)
+        assert status == 75, output
+        assert "stopped; the same command goes on from here" in output
+        assert begun(folder, "a", "stopped") == 1
+        second = start(folder, "--address", nodes.address)
+        until(lambda: begun(folder, "a") == 2)
+        status, refused = run(folder, "--address", nodes.address)
+        assert status == 2
+        assert re.search(rf"another fleet works in this repository \(.*process {second.pid}\)", refused)
+        beside = dvc(folder, "repro", "a")
+        assert beside.returncode != 0
+        assert f"PID {second.pid}" in beside.stderr
+        status, output = finish(second)
+    assert status == 0, output
+    assert same_outputs(folder, serial)
+
+
+def test_an_edit_while_a_stage_runs_is_refused_by_name(folder: Path) -> None:
+    with cluster(node=GPU) as nodes:
+        process = start(folder, "--address", nodes.address)
+        until(lambda: begun(folder, "b"))
+        (folder / "sleep.py").write_text((folder / "sleep.py").read_text() + "# edited\n")
+        status, output = finish(process)
+    assert status == 1, output
+    assert "b: FAILED: changed while it ran: sleep.py" in output
+    assert "b:" not in (folder / "dvc.lock").read_text()
+
+
+def test_a_launcher_for_all_gpus_is_refused_before_anything_else(folder: Path) -> None:
+    params = (folder / "params.yaml").read_text()
+    launcher = "launch: torchrun --standalone --nproc-per-node=gpu"
+    (folder / "params.yaml").write_text(re.sub("^launch: python", launcher, params, flags=re.M))
+    status, output = run(folder)
+    assert status == 2
+    assert output.startswith("error: params.yaml: launch: nproc-per-node=gpu: ")
+    assert len(output.splitlines()) == 1
+
+
+def test_gpus_of_different_kinds_are_refused_unless_they_are_asked_for(tmp_path: Path) -> None:
+    folder = repository(tmp_path / "r", seconds=0.2, wide=2)
+    one, two = (GPU | {"resources": {f"accelerator_type:{kind}": 1}} for kind in ("H100", "A100"))
+    with cluster(one=one, two=two) as nodes:
+        status, output = run(folder, "--address", nodes.address)
+        assert status == 2
+        assert "different GPUs (A100, H100)" in output
+        status, output = run(folder, "--address", nodes.address, "--gpu-kind", "V100")
+        assert (status, "--gpu-kind V100" in output) == (2, True)
+        assert run(folder, "--address", nodes.address, "--gpu-kind", "H100")[0] == 0
+
+
+def in_namespaces(kinds: list[str], script: str, address: str, folder: Path) -> "subprocess.Popen[bytes]":
+    """A Ray node behind namespaces of its own: another machine, as far as it can tell."""
+    ray = f"{Path(sys.executable).parent}/ray start --address={address} --num-cpus=2 --block"
+    command = ["unshare", *kinds, "/bin/sh", "-c", f"{script}; exec {ray}"]
+    quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    return subprocess.Popen(command, cwd=folder, env=environment(), start_new_session=True, **quiet)  # type: ignore[call-overload,no-any-return]
+
+
+def joined(nodes: object, count: int) -> None:
+    """Wait until a cluster has so many nodes that can work."""
+    code = (
+        "import ray, sys, time; ray.init(address=sys.argv[1], log_to_driver=False)\n"
+        "while sum('CPU' in n['Resources'] for n in ray.nodes() if n['Alive']) < int(sys.argv[2]): time.sleep(.2)"
+    )
+    command = [sys.executable, "-c", code, nodes.address, str(count)]  # type: ignore[attr-defined]
+    subprocess.run(command, env=environment(), check=True, timeout=90, capture_output=True)
+
+
+@pytest.mark.skipif(
+    not shutil.which("unshare") or subprocess.run(["unshare", "-m", "-u", "true"]).returncode != 0,
+    reason=NAMESPACES,
+)
+@pytest.mark.parametrize(
+    ("kinds", "script", "message"),
+    [
+        (["-m", "-u"], "hostname elsewhere; mount -t tmpfs none .dvc/tmp", "node elsewhere does not share"),
+        (["-u"], "hostname elsewhere", "MLFLOW_TRACKING_URI: 2 machines cannot share an SQLite file"),
+    ],
+    ids=["no shared files", "no server"],
+)
+def test_machines_that_cannot_work_together_are_refused(
+    kinds: list[str], script: str, message: str, folder: Path
+) -> None:
+    (folder / ".dvc/tmp").mkdir(exist_ok=True)
+    with cluster(node=GPU) as nodes:
+        other = in_namespaces(kinds, script, nodes.address, folder)
+        try:
+            joined(nodes, 2)
+            status, output = run(folder, "--address", nodes.address)
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)
+    assert status == 2, output
+    assert message in output
+    assert journal(folder) == []
+
+
+def test_real_stages_have_the_bytes_of_a_serial_run_and_the_audit_knows_the_node(
+    finished_pipeline: Path, tmp_path: Path
+) -> None:
+    folder = duplicate(finished_pipeline, tmp_path / "r")
+    before = {
+        path: path.read_bytes()
+        for path in [folder / "dvc.lock", *folder.glob("metrics/**/*")]
+        if path.is_file() and "runs" not in path.parts
+    }
+    shutil.rmtree(folder / ".dvc/cache")
+    shutil.rmtree(folder / "models")
+    shutil.rmtree(folder / "metrics/attack")
+    with cluster(node=GPU) as nodes:
+        status, output = run(folder, "--address", nodes.address)
+    assert status == 0, output
+    assert {path: path.read_bytes() for path in before} == before
+    commit(folder, "fleet")
+    command = [sys.executable, "-m", "dynat.audit", "digits/dynat/0/pgd20"]
+    audited = subprocess.run(command, cwd=folder, env=environment(), capture_output=True, text=True)
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+    assert f"fleet node {os.uname().nodename}, attempt 1" in audited.stdout
