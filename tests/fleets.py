@@ -16,14 +16,15 @@ import pipelines
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 120.0
+PATIENCE_S = 60.0
 SLEEPER = '''"""Sleep, resume after SIGTERM, write what follows from the inputs; keep a journal of it all."""
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
 name, seconds, *inputs = sys.argv[1:]
 journal, state = Path("journal.txt"), Path(".dvc/tmp", f"state-{name}")
 def note(what):
-    line = [what, name, os.environ.get("CUDA_VISIBLE_DEVICES"), os.environ.get("OMP_NUM_THREADS"), os.getpid()]
+    own = [os.environ.get(variable) for variable in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
+    line = [what, name, *own, os.getpid()]
     with open(journal, "a") as file:
         file.write(json.dumps(line) + "\\n")
 def stop(*_):

@@ -9,6 +9,7 @@ import json
 import logging
 import subprocess
 import sys
+import time
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -28,6 +29,7 @@ from dynat.errors import UserError
 from dynat.runtime.files import digest
 from dynat.runtime.lock import LOCK
 
+OPENING_TRIES, OPENING_S = 20, 0.5
 State = Literal["unchanged", "cached", "to run"]
 
 
@@ -54,9 +56,15 @@ class StageFiles:
     @classmethod
     def open(cls, root: Path, name: str) -> "StageFiles":
         """The stage ``name`` as this process sees it, without a lock."""
-        with explained(name):
-            (stage,) = Repo(root).stage.collect(name)
-        return cls(stage)
+        for tries in range(OPENING_TRIES):
+            try:
+                (stage,) = Repo(root).stage.collect(name)
+                return cls(stage)
+            except DvcException as error:  # DVC writes dvc.lock in place: it may have been read half written
+                if tries + 1 == OPENING_TRIES:
+                    raise UserError(f"{name}: {one_line(error, 500)}") from None
+                time.sleep(OPENING_S)
+        raise AssertionError
 
     @property
     def kept(self) -> bool:

@@ -1,4 +1,4 @@
-"""The fleet as a user starts it, on Ray nodes of this machine, with stages that sleep; and what strikes it."""
+"""The fleet as a user starts it, on Ray nodes of this machine, with stages that sleep; what strikes it."""
 
 import os
 import re
@@ -24,7 +24,7 @@ from fleets import (
     start,
     until,
 )
-from pipelines import commit, dvc, duplicate
+from pipelines import commit, duplicate, dvc
 
 pytestmark = pytest.mark.slow
 GPU = {"num_cpus": 4, "num_gpus": 2}
@@ -213,7 +213,8 @@ def joined(nodes: object, count: int) -> None:
     """Wait until a cluster has so many nodes that can work."""
     code = (
         "import ray, sys, time; ray.init(address=sys.argv[1], log_to_driver=False)\n"
-        "while sum('CPU' in n['Resources'] for n in ray.nodes() if n['Alive']) < int(sys.argv[2]): time.sleep(.2)"
+        "def able(): return sum('CPU' in node['Resources'] for node in ray.nodes() if node['Alive'])\n"
+        "while able() < int(sys.argv[2]): time.sleep(.2)"
     )
     command = [sys.executable, "-c", code, nodes.address, str(count)]  # type: ignore[attr-defined]
     subprocess.run(command, env=environment(), check=True, timeout=90, capture_output=True)
