@@ -12,11 +12,9 @@ import tempfile
 from pathlib import Path
 
 from dynat.audit.crate import export
-from dynat.config.params import load
 from dynat.errors import UserError
 from dynat.publish.audited import audited, write_lineage
 from dynat.runtime.files import explained
-from dynat.runtime.machine import pin
 from dynat.runtime.stage import main
 
 FORMATS = {
@@ -37,9 +35,6 @@ def publish(arguments: list[str] | None = None) -> None:
         if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
             raise UserError(f"{folder}: is not an empty folder; name a new one")
         folder.absolute().parent.mkdir(parents=True, exist_ok=True)
-    params = load()
-    if (study := params.study.get(options.run.split("/")[0])) is not None:
-        pin(study.machine)
     try:
         write = importlib.import_module(f"dynat.publish.{FORMATS[options.format]}").write
     except ModuleNotFoundError as error:
