@@ -157,7 +157,7 @@ def _autoattack(release: Release) -> Result:
 
 def _reported(release: Release) -> str:
     """The paper's own AutoAttack accuracy of this row; empty, as in 20 published ones, where it has none."""
-    rows = values().reset_index()
+    rows = values()
     own = (rows["setting"] == release.setting) & (rows["recipe"] == release.method)
-    found = rows[own & (rows["attack"] == "aa")]["value"] if release.method.startswith("dynat") else []
+    found = rows[own & (rows["column"] == "aa")]["published"] if release.method.startswith("dynat") else []
     return next((f"{float(value):.2f}" for value in found), "")
