@@ -20,7 +20,7 @@ from dynat.data.splits import Splits, load
 from dynat.errors import UserError
 from dynat.evaluation.verdicts import Accuracy, accuracy
 from dynat.networks.weights import load_network, load_weights
-from dynat.paper.measurements import Measurement, read_results
+from dynat.paper.measurements import IN_AA, Measurement, read_results
 from dynat.runtime.files import read_json, sha256, write_json
 
 CPU = torch.device("cpu")
@@ -82,18 +82,20 @@ class Release:
 
     @cached_property
     def results(self) -> list[Result]:
-        """Every accuracy of the best epoch."""
+        """Every accuracy of the best epoch, but AutoAttack's first attack alone."""
         results = read_results(self.params, self.root)
+        seed = f"(seed {self.name.split('/')[2]})"
         checks = results.failed_checks.get((self.setting, self.method), [])
-        own = [each for each in checks if each.endswith(f"(seed {self.name.split('/')[2]})")]
+        failed = [each for each in checks if each.endswith(seed)]
         found = []
         for row in results.measurements.itertuples(index=False):
             measured = Measurement._make(row)
-            if "/".join(map(str, row[:3])) == self.name and measured.checkpoint == "best":
+            own = "/".join(map(str, row[:3])) == self.name and measured.column != IN_AA
+            if own and measured.checkpoint == "best":
                 counted = accuracy([i < measured.robust for i in range(measured.n)])
                 metrics = read_json(self.root, measured.file) or {}
-                warnings = [*measured.caveats, *own]
-                found.append(Result(measured, counted, metrics.get("precision", "fp32"), warnings))
+                precision = metrics.get("precision", "fp32")
+                found.append(Result(measured, counted, precision, [*measured.caveats, *failed]))
         return found
 
     def record(self) -> dict[str, Any]:
@@ -101,7 +103,10 @@ class Release:
         return read_json(self.root, f"metrics/runs/train/{self.name}.json") or {}
 
     def adversarial(self) -> list[tuple[str, Tensor, Tensor]]:
-        """Attack, sample indices int64 [b] and adversarial images float32 [b,C,H,W] of all stored evidence."""
+        """Of each stored attack its name, samples int64 [b] and adversarial images float32 [b,C,H,W].
+
+        Raises :class:`UserError` where a file of them is not here.
+        """
         found = []
         for kind in ("attack", "autoattack"):
             path = self.root / "metrics" / kind / f"{self.name}.witness.safetensors"

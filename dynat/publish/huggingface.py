@@ -1,11 +1,9 @@
 """A folder for the Hugging Face hub: safetensors, ``config.json`` and a model card with its results."""
 
 import json
-import re
 from collections.abc import Iterator
 from importlib.resources import files
 from pathlib import Path
-from typing import Any
 
 from huggingface_hub import EvalResult, ModelCard, ModelCardData
 
@@ -13,11 +11,10 @@ from dynat.config import yaml_files
 from dynat.networks.weights import load_weights
 from dynat.paper.cells import name
 from dynat.publish.audited import Release, Result
-from dynat.publish.papers import Paper, paper_of
+from dynat.publish.papers import paper_of
 from dynat.runtime.files import write_atomically, write_json
 
 HUB = {"cifar10": "uoft-cs/cifar10", "cifar100": "uoft-cs/cifar100"}  # the hub's names
-KINDS = {"digits": "scikit-learn-digits"}  # of data that the hub has not
 
 
 def write(release: Release, folder: Path) -> Iterator[str]:
@@ -28,14 +25,14 @@ def write(release: Release, folder: Path) -> Iterator[str]:
     write_json(folder / "config.json", config | {"classes": list(release.data.classes)})
     card = card_of(release)
     write_atomically(folder / "README.md", str(card).encode())
-    yield f"model card with {len(card.data.eval_results or ())} results"
+    yield f"model card with {len(release.results)} results"
 
 
 def card_of(release: Release) -> ModelCard:
     """The model card: its metadata with an ``EvalResult`` per accuracy, and its text."""
     setting, method, seed = release.name.split("/")
     citation = yaml_files.parse((release.root / "CITATION.cff").read_text(encoding="utf-8"))
-    source, paper = release.study.data.source, paper_of(method)
+    source = release.study.data.source
     data = ModelCardData(
         license=citation["license"].lower(),
         library_name="dynat",
@@ -45,24 +42,20 @@ def card_of(release: Release) -> ModelCard:
         model_name=f"{setting}-{method}-{seed}",
         eval_results=[_evaluation(release, each) for each in release.results],
     )
-    warnings = dict.fromkeys(text for each in release.results for text in each.warnings)
     recipe = release.params.recipe(setting, method).model_dump(exclude_defaults=True)
     return ModelCard.from_template(
         data,
         template_str=files("dynat.publish").joinpath("model_card.md").read_text("utf-8"),
-        title=f"{method} on {setting}",
-        setting=setting,
-        method=method,
-        seed=seed,
+        run=(setting, method, seed),
         epoch=load_weights(release.weights)[1]["epoch"],
-        paper=paper,
-        results=[_row(each) for each in release.results],
-        warnings=list(warnings),
-        shape=[None, *release.data.test_images.shape[1:]],
-        data=_training_data(release),
-        recipe=json.dumps(recipe, indent=1),  # which is YAML, too
-        licence=citation["license"],
-        citation="\n\n".join(_bibtex(each) for each in _cited(paper, citation)),
+        paper=paper_of(method),
+        results=release.results,
+        column=name,
+        warnings=list(dict.fromkeys(text for each in release.results for text in each.warnings)),
+        spec=release.study.data,
+        data=release.data,
+        recipe=json.dumps(recipe, indent=1),
+        citation=citation,
     )
 
 
@@ -71,7 +64,7 @@ def _evaluation(release: Release, result: Result) -> EvalResult:
     return EvalResult(
         task_type="image-classification",
         task_name="Image classification under attack",
-        dataset_type=HUB.get(source, KINDS.get(source, source)),
+        dataset_type=HUB.get(source, source),
         dataset_name=release.setting,
         dataset_split="test",
         metric_type="accuracy",
@@ -96,38 +89,3 @@ def _title(result: Result) -> str:
     measured = result.measured
     radius = "" if measured.attack == "clean" else f", epsilon {measured.epsilon}"
     return f"{name(measured.column)}{radius}, n {measured.n}"
-
-
-def _row(result: Result) -> dict[str, Any]:
-    measured, counted = result.measured, result.counted
-    text = "{accuracy:.2f} [{low:.1f}, {high:.1f}]".format(**counted)
-    radius = "" if measured.attack == "clean" else measured.epsilon
-    about = {"name": name(measured.column), "epsilon": radius, "text": text}
-    return about | {"n": counted["n"], "precision": result.precision}
-
-
-def _training_data(release: Release) -> str:
-    spec, data = release.study.data, release.data
-    counts = [f"{len(data.train_labels):,} images to train on"]
-    counts += [f"{len(data.validation_labels):,} held out, by which the epoch was chosen"]
-    counts += [f"{len(data.test_labels):,} to test with"]
-    checked = next((f", {kind} {value}" for kind in ("sha256", "md5") if (value := getattr(spec, kind))), "")
-    archive = f" (`{spec.archive}`{checked})" if spec.archive else " (inside scikit-learn)"
-    return f"{spec.source}{archive}: {', '.join(counts)}; {len(data.classes)} classes."
-
-
-def _cited(paper: Paper, citation: dict[str, Any]) -> list[Paper]:
-    """The method's paper, where it has one, and the software."""
-    own = citation["preferred-citation"]["url"]
-    software = Paper(key="dynat", link=own, name=citation["title"], authors="", venue=citation["version"])
-    software["authors"] = ", ".join(each["name"] for each in citation["authors"])
-    return [software] if not paper["authors"] else [paper, software]
-
-
-def _bibtex(paper: Paper) -> str:
-    """An entry of BibTeX, its year the last number of four digits in key or venue."""
-    year = [*re.findall(r"\d{4}", f"{paper['key']} {paper['venue']}")]
-    fields = {"title": f"{{{paper['name']}}}", "author": paper["authors"].replace(", ", " and ")}
-    fields |= {"howpublished": paper["venue"], "url": paper["link"]} | ({"year": year[-1]} if year else {})
-    lines = [f"  {key} = {{{value}}}" for key, value in fields.items()]
-    return f"@misc{{{paper['key']},\n" + ",\n".join(lines) + "\n}"

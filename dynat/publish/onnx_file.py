@@ -28,7 +28,7 @@ def write(release: Release, folder: Path) -> Iterator[str]:
 
 
 def export(release: Release, path: Path) -> None:
-    """Write images float32 [batch,C,H,W] in [0,1] to logits float32 [batch,classes] as a checked ONNX file."""
+    """Write a checked ONNX file: images float32 [batch,C,H,W] in [0,1] to logits [batch,classes]."""
     program = torch.onnx.export(
         release.network,
         (to_unit(release.data.test_images[:2]),),

@@ -15,16 +15,15 @@ from torch import Tensor
 
 from dynat.errors import UserError
 from dynat.networks.weights import load_weights
-from dynat.paper.measurements import IN_AA
 from dynat.paper.published import values
 from dynat.publish.audited import Release, Result
 from dynat.publish.papers import paper_of
 from dynat.runtime.files import write_atomically
 
 FOOTNOTE = r"Uses \(\ell_{\infty} \) = 0.031 ≈ 7.9/255 instead of 8/255."
-CIFAR10 = "airplane automobile bird cat deer dog frog horse ship truck".split()
+CIFAR10 = ["airplane", "automobile", "bird", "cat", "deer", "dog", "frog", "horse", "ship", "truck"]
 WHOLE = 10_000  # test images of both data sets
-ZOO = '''"""The entry of robustbench/model_zoo/{dataset}.py; models/{dataset}/Linf/{key}.pt are its weights."""
+ZOO = '''"""The entry of robustbench/model_zoo/{dataset}.py for models/{dataset}/Linf/{key}.pt."""
 
 from collections import OrderedDict
 
@@ -117,7 +116,7 @@ def model_info(release: Release, architecture: str) -> dict[str, Any]:
     if release.study.data.source == "image_folder":
         notes.append("Test images from a folder, not from the official archive.")
     info: dict[str, Any] = {
-        **{key: paper[key] for key in ("link", "name", "authors")},  # type: ignore[literal-required]
+        **{key: paper[key] for key in ("link", "name", "authors")},
         "additional_data": False,
         "number_forward_passes": 1,
         "dataset": dataset,
@@ -146,8 +145,7 @@ def _autoattack(release: Release) -> Result:
     runs = [
         each
         for each in release.results
-        if each.measured.kind == "autoattack" and each.measured.column.startswith("aa")
-        if each.measured.column != IN_AA and each.measured.epsilon in ("8/255", "0.031")
+        if each.measured.column.startswith("aa") and each.measured.epsilon in ("8/255", "0.031")
     ]
     if not runs:
         text = f"{release.name} has no AutoAttack at 8/255 or 0.031"
@@ -159,5 +157,6 @@ def _reported(release: Release) -> str:
     """The paper's own AutoAttack accuracy of this row; empty, as in 20 published ones, where it has none."""
     rows = values()
     own = (rows["setting"] == release.setting) & (rows["recipe"] == release.method)
-    found = rows[own & (rows["column"] == "aa")]["published"] if release.method.startswith("dynat") else []
-    return next((f"{float(value):.2f}" for value in found), "")
+    if not release.method.startswith("dynat"):
+        return ""
+    return next((f"{float(value):.2f}" for value in rows[own & (rows["column"] == "aa")]["published"]), "")
