@@ -83,7 +83,9 @@ def test_torch_export_computes_the_stored_logits_without_this_project(
     files = (folder / "network.pt2", tmp_path / "images", tmp_path / "logits")
     subprocess.run([sys.executable, "-c", script, *map(str, files)], check=True, cwd=tmp_path)
     assert torch.allclose(load_file(tmp_path / "logits")["logits"], logits, rtol=0, atol=1e-4)
-    assert json.loads((folder / "agreement.json").read_text())["adversarial"]["images"] == witnesses(repository)
+    assert json.loads((folder / "agreement.json").read_text())["adversarial"]["images"] == witnesses(
+        repository
+    )
 
 
 @pytest.mark.slow
