@@ -29,10 +29,10 @@ SHA256 = "4ee3e17dc708ea43c24042afc68ef73e15e63452a00da3a2f14150caa996d3ed"
 SHIPPED = Path(pyautoattack.__file__).parent / "examples/model_test.pt"  # ResNet-18, naturally trained
 RESNET18 = {"name": "resnet", "num_classes": 10, "in_channels": 3}
 NORMALISED = {"mean": [0.4914, 0.4822, 0.4465], "std": [0.2471, 0.2435, 0.2616]}
-KEYS = (  # of the published ones with AutoAttack, 94 have these in this order, 32 of them the footnote
-    "link name authors additional_data number_forward_passes dataset venue architecture eps clean_acc "
-    "reported autoattack_acc footnote unreliable"
-).split()
+KEYS = [  # of the 236 published ones 62 have these in this order without the footnote, 32 with it
+    *("link", "name", "authors", "additional_data", "number_forward_passes", "dataset", "venue"),
+    *("architecture", "eps", "clean_acc", "reported", "autoattack_acc", "footnote", "unreliable"),
+]
 
 RECEIVE = """
 import runpy, sys, types
