@@ -16,7 +16,7 @@ import pipelines
 import yaml
 
 ROOT = Path(__file__).parents[1]
-PATIENCE_S = 60.0
+PATIENCE_S = 120.0  # on a busy machine; a process that is waited for in vain costs as much
 SLEEPER = '''"""Sleep, resume after SIGTERM, write what follows from the inputs; keep a journal of it all."""
 import hashlib, json, os, signal, sys, time
 from pathlib import Path
@@ -101,10 +101,10 @@ def start(folder: Path, *options: str, **more: str) -> "subprocess.Popen[str]":
     )
 
 
-def finish(process: "subprocess.Popen[str]") -> tuple[int, str]:
+def finish(process: "subprocess.Popen[str]", patience: float = PATIENCE_S) -> tuple[int, str]:
     """Exit status and all that it printed."""
     try:
-        output, _ = process.communicate(timeout=PATIENCE_S)
+        output, _ = process.communicate(timeout=patience)
     except subprocess.TimeoutExpired:
         os.killpg(process.pid, signal.SIGKILL)
         raise

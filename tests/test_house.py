@@ -13,9 +13,10 @@ ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "pyproject.toml"
 LINES = {  # of *.py at most; a number here goes up only with what a user gets for it
     "stages": 260,
-    "dynat/audit": 1240,
+    "dynat/audit": 1245,
     "dynat/fleet": 1530,
     "dynat/accept": 510,
+    "dynat/publish": 710,
     "dynat/paper": 900,
     "dynat/evaluation": 1010,
     "dynat/methods": 1135,
@@ -62,7 +63,7 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 9860
+    assert sum(sizes.values()) <= 10560
     assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 3910
 
 

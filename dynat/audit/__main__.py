@@ -8,14 +8,13 @@ Exit status: 0 all links hold, 1 one is broken, 2 there is no such cell.
 import argparse
 import json
 import sys
-from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
 from dynat.audit.checks import add_evidence, audit
 from dynat.audit.crate import export
 from dynat.audit.lineage import Lineage
-from dynat.audit.link import Audited, Link, sound
+from dynat.audit.link import Audited, Link, as_data, sound
 from dynat.audit.printed import Printed
 from dynat.audit.selection import select
 from dynat.errors import UserError
@@ -38,7 +37,7 @@ def main(arguments: list[str] | None = None) -> int:
         print(f"error: {error}", file=sys.stderr)
         return status
     if options.json:
-        print(json.dumps(_as_data(cells, found), indent=1))
+        print(json.dumps(as_data(cells, found), indent=1))
     else:
         _print(cells, found)
         if lineage.outputs_missing and len(found) > 1:
@@ -63,14 +62,6 @@ def _options(arguments: list[str] | None) -> argparse.Namespace:
     if options.replay < 0:
         parser.error("--replay: N must not be negative")
     return options
-
-
-def _as_data(cells: dict[str, Any], found: Audited) -> list[dict[str, Any]]:
-    texts = {key: cell.get("text") for key, cell in cells.items()}
-    return [
-        {"cell": key, "text": texts.get(key), "ok": sound(links), "links": [*map(asdict, links)]}
-        for key, links in found.items()
-    ]
 
 
 def _print(cells: dict[str, Any], found: Audited) -> None:

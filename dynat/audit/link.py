@@ -1,8 +1,8 @@
 """One checked step of the chain from a printed number to its origin."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import asdict, dataclass
+from typing import Any, Literal
 
 State = Literal["good", "accepted", "broken", "absent"]
 MARKS: dict[State, str] = {"good": "✓", "accepted": "≈", "broken": "✗", "absent": "–"}
@@ -51,6 +51,15 @@ def absent(kind: str, subject: str, text: str, advice: str = "") -> Link:
 def sound(links: Iterable[Link]) -> bool:
     """Whether no link is broken."""
     return all(link.state != "broken" for link in links)
+
+
+def as_data(cells: dict[str, Any], found: Audited) -> list[dict[str, Any]]:
+    """What an audit found of each cell, for JSON."""
+    texts = {key: cell.get("text") for key, cell in cells.items()}
+    return [
+        {"cell": key, "text": texts.get(key), "ok": sound(links), "links": [*map(asdict, links)]}
+        for key, links in found.items()
+    ]
 
 
 def some(names: Iterable[str], most: int = 3) -> str:

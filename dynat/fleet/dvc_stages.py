@@ -199,10 +199,10 @@ class Pipeline:
         lock = self.root / LOCK
         if not lock.exists():
             return
-        shown = subprocess.run(
+        answer = subprocess.run(
             ["git", "show", f"HEAD:./{LOCK}"], cwd=self.root, capture_output=True, text=True
         )
-        before = loads_yaml(shown.stdout).get("stages", {}) if shown.returncode == 0 else {}
+        before = loads_yaml(answer.stdout).get("stages", {}) if answer.returncode == 0 else {}
         rank = {
             name: place for place, name in enumerate([*before, *(n for n in self.stages if n not in before)])
         }

@@ -272,7 +272,7 @@ def different(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 def _commit(root: Path) -> str | None:
     """The commit that is checked out, None where Git cannot say."""
     try:
-        shown = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
+        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
     except OSError:
         return None
-    return shown.stdout.strip() or None
+    return answer.stdout.strip() or None

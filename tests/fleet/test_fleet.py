@@ -145,7 +145,8 @@ def test_a_driver_that_is_killed_loses_nothing(folder: Path, serial: Path) -> No
     assert all(begun(folder, name, "end") == 1 for name in ("first", "a", "b", "c", "d", "last"))
 
 
-def test_ctrl_c_stops_gracefully_and_the_same_command_goes_on(folder: Path, serial: Path) -> None:
+def test_ctrl_c_stops_gracefully_and_the_same_command_goes_on(tmp_path: Path, serial: Path) -> None:
+    folder = repository(tmp_path / "r", seconds=15, wide=4)
     with cluster(node=GPU) as nodes:
         process = start(folder, "--address", nodes.address)
         until(lambda: begun(folder, "a"))
@@ -163,7 +164,7 @@ def test_ctrl_c_stops_gracefully_and_the_same_command_goes_on(folder: Path, seri
         beside = dvc(folder, "repro", "a")
         assert beside.returncode != 0
         assert f"PID {second.pid}" in beside.stderr
-        status, output = finish(second)
+        status, output = finish(second, patience=120)
     assert status == 0, output
     assert same_outputs(folder, serial)
 
@@ -261,7 +262,7 @@ def test_real_stages_have_the_bytes_of_a_serial_run_and_the_audit_knows_the_node
     shutil.rmtree(folder / "models")
     shutil.rmtree(folder / "metrics/attack")
     with cluster(node=GPU) as nodes:
-        status, output = run(folder, "--address", nodes.address)
+        status, output = finish(start(folder, "--address", nodes.address), patience=600)
     assert status == 0, output
     assert {path: path.read_bytes() for path in before} == before
     commit(folder, "fleet")

@@ -1,0 +1,1 @@
+"""Audited weights for others: ``python -m dynat.publish digits/dynat/0 --as onnx DIR``."""

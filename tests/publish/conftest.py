@@ -1,0 +1,30 @@
+"""The finished pipeline as the current folder, and a publication of its `digits/dynat/0`."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from dynat.publish.__main__ import publish
+
+RUN = "digits/dynat/0"
+
+
+@pytest.fixture
+def repository(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """One of its own."""
+    monkeypatch.chdir(pipeline)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return pipeline
+
+
+@pytest.fixture
+def published(repository: Path, tmp_path: Path) -> Callable[..., Path]:
+    """Publishes in a format, and returns the folder."""
+
+    def run(form: str, *options: str) -> Path:
+        folder = tmp_path / "out" / form
+        publish([RUN, "--as", form, str(folder), *options])
+        return folder
+
+    return run
