@@ -35,6 +35,11 @@ class Paired:
     sample_se: float  # of the difference, from the draw of the test images
     training_sd: float  # of the difference between trainings that differ in the seed; NaN with one seed
 
+    @property
+    def disagreement(self) -> float:
+        """Mean square of the difference on an image: of one seed's verdicts the share that is discordant."""
+        return (self.sample_se**2 * (self.n - 1) + self.difference**2) / 1e4
+
 
 def paired(first: Scores, second: Scores) -> Paired:
     """Compare the scores [S,n] of two methods on the same images, row by row of the same training seed.
@@ -51,14 +56,14 @@ def paired(first: Scores, second: Scores) -> Paired:
     mean, se = float(differences.mean()), float(_sd(differences.mean(0)) / sqrt(n))
     sd = float(_sd(differences.mean(1))) if seeds > 1 else float("nan")
     if seeds == 1 and first.dtype == second.dtype == np.bool_:
-        both = int((first & second).sum())
+        both = int(np.logical_and(first, second).sum())
         ends = newcombe(both, ahead, behind, n - both - ahead - behind)
         p = mcnemar(ahead, behind)
     else:
         training = 0.0 if seeds == 1 else sd**2 / seeds
         ends, p = _student(mean, (se**2, n - 1), (training, seeds - 1))
-    points = (100 * each for each in (mean, *ends))
-    return Paired(seeds, n, ahead, behind, *points, p, 100 * se, 100 * sd)
+    low, high = (100 * end for end in ends)
+    return Paired(seeds, n, ahead, behind, 100 * mean, low, high, p, 100 * se, 100 * sd)
 
 
 def mcnemar(only_first: int, only_second: int) -> float:
@@ -96,28 +101,28 @@ def holm(ps: Sequence[float]) -> list[float]:
     return corrected
 
 
-def images_needed(points: float, discordant: float) -> int | None:
+def images_needed(points: float, discordant: float, alpha: float = ALPHA) -> int | None:
     """Test images with which McNemar's test finds a difference of ``points`` between two trainings.
 
     ``discordant`` is the share of images, in [0,1], on which they disagree, at least the difference itself;
-    :data:`ALPHA`, :data:`POWER`; Connor (1987). None for a difference of 0, which no number decides.
+    ``alpha`` is two-sided, :data:`POWER`; Connor (1987). None for a difference of 0, which no number decides.
     """
     gap = abs(points) / 100
     share = max(discordant, gap)
     if not gap:
         return None
-    root = norm.isf(ALPHA / 2) * sqrt(share) + norm.ppf(POWER) * sqrt(share - gap**2)
+    root = norm.isf(alpha / 2) * sqrt(share) + norm.ppf(POWER) * sqrt(share - gap**2)
     return ceil((root / gap) ** 2)
 
 
-def seeds_needed(points: float, training_sd: float, sample_se: float) -> int | None:
+def seeds_needed(points: float, training_sd: float, sample_se: float, alpha: float = ALPHA) -> int | None:
     """Trainings of each method that decide a difference of ``points`` on the same test images.
 
     All in points; ``training_sd`` and ``sample_se`` as in :class:`Paired`. None where no number of seeds
     does (up to :data:`SEEDS`), as the images are too few, or the difference is 0.
     """
     for seeds in range(2, SEEDS + 1):
-        factor = t.isf(ALPHA / 2, seeds - 1) + t.ppf(POWER, seeds - 1)
+        factor = t.isf(alpha / 2, seeds - 1) + t.ppf(POWER, seeds - 1)
         if factor * sqrt(training_sd**2 / seeds + sample_se**2) <= abs(points):
             return seeds
     return None

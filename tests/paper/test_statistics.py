@@ -30,7 +30,7 @@ def verdicts(both: int, first: int, second: int, neither: int) -> tuple[Scores, 
 
 
 @pytest.mark.parametrize(
-    "counts", list(itertools.product(range(8), range(8))) + [(30, 12), (3, 40), (200, 201)]
+    "counts", [*itertools.product(range(8), range(8)), (30, 12), (3, 40), (200, 201)]
 )
 def test_mcnemar_is_the_sum_of_all_outcomes_that_are_no_likelier(counts: tuple[int, int]) -> None:
     m = sum(counts)
