@@ -176,7 +176,12 @@ def _decided(setting: str, found: list[Decision]) -> Table:
             f"{each.p:.2g}",
         ]
         table.rows.append(
-            [Item(each.claim), *(Item(text) for text in texts), Item(each.verdict, notes), Item(needed(each))]
+            [
+                Item(each.claim),
+                *(Item(str(text)) for text in texts),
+                Item(each.verdict, notes),
+                Item(needed(each)),
+            ]
         )
     return table
 

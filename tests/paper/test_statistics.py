@@ -29,9 +29,7 @@ def verdicts(both: int, first: int, second: int, neither: int) -> tuple[Scores, 
     return np.array([left]), np.array([right])
 
 
-@pytest.mark.parametrize(
-    "counts", [*itertools.product(range(8), range(8)), (30, 12), (3, 40), (200, 201)]
-)
+@pytest.mark.parametrize("counts", [*itertools.product(range(8), range(8)), (30, 12), (3, 40), (200, 201)])
 def test_mcnemar_is_the_sum_of_all_outcomes_that_are_no_likelier(counts: tuple[int, int]) -> None:
     m = sum(counts)
     weights = [math.comb(m, k) for k in range(m + 1)]
