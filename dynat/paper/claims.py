@@ -11,6 +11,7 @@ from itertools import product
 from typing import Any
 
 from dynat.paper.cells import name
+from dynat.paper.matrices import ONE, SEVERAL
 from dynat.paper.pairs import OVERFITTING, Judged, compare
 from dynat.paper.published import claims, slips, values
 from dynat.paper.statistics import ALPHA, Paired, holm, images_needed, seeds_needed, unpaired
@@ -31,8 +32,6 @@ DECIDED = (
     "after it. Compared: the comparison that decides, of how many; its interval is not corrected. {basis}"
 )
 TRANSFERRED = "The paper's claims transferred to a setting that it does not have: they say nothing of CIFAR."
-ONE = "One training of each method: a verdict is of these networks, another seed may turn it."
-SEVERAL = "The variance of trainings and that of the test images both count."
 
 
 @dataclass(frozen=True)
@@ -69,9 +68,8 @@ def decisions(settings: Iterable[str], judged: Judged) -> list[Decision]:
     others = [setting for setting in settings if setting not in table["setting"].array]
     for setting in [*dict.fromkeys(each for each in table["setting"] if each), *others]:
         of = table[(table["setting"] == setting) | (setting in others)]
-        found += _corrected(
-            [_run(str(key), row, setting, judged) for key, row in of.to_dict("index").items()]
-        )
+        ran = [_run(str(key), claim, setting, judged) for key, claim in of.to_dict("index").items()]
+        found += _corrected(ran)
     return found
 
 
@@ -105,11 +103,8 @@ def _corrected(found: list[Decision]) -> list[Decision]:
 def claim_tables(found: list[Decision]) -> list[Table]:
     """All claims as published, then a table per setting in which one has been run, then the paper's slips."""
     settings = dict.fromkeys(each.setting for each in found if each.found)
-    return [
-        _published(found),
-        *(_decided(s, [e for e in found if e.setting == s]) for s in settings),
-        _slips(),
-    ]
+    decided = [_decided(each, [d for d in found if d.setting == each]) for each in settings]
+    return [_published(found), *decided, _slips()]
 
 
 def _published(found: list[Decision]) -> Table:
@@ -119,10 +114,8 @@ def _published(found: list[Decision]) -> Table:
     for key, claim in claims().to_dict("index").items():
         text, n, carried, notes = _weakest(claim)
         verdict = own[key].verdict if key in own else f"{UNDECIDED}: {UNTOLD}"
-        items = (claim["text"], claim["place"], Item(text, notes), n, carried, verdict)
-        table.rows.append(
-            [Item(str(key)), *(each if isinstance(each, Item) else Item(each) for each in items)]
-        )
+        items = [Item(each) for each in (str(key), claim["text"], claim["place"])]
+        table.rows.append([*items, Item(text, notes), *map(Item, (n, carried, verdict))])
     return table
 
 
@@ -159,30 +152,17 @@ def _decided(setting: str, found: list[Decision]) -> Table:
     verdicts = [each.verdict for each in ran]
     counts = [f"{verdicts.count(each)} {each}" for each in (SUPPORTED, CONTRADICTED, UNDECIDED)]
     head = ["Claim", "What it says", "Compared", "Difference", "n", "p", "Verdict", "It would take"]
-    table = Table(
-        f"Transferred to {setting}" if ran[0].transferred else setting, f"{text} {', '.join(counts)}.", head
-    )
+    title = f"Transferred to {setting}" if ran[0].transferred else setting
+    table = Table(title, f"{text} {', '.join(counts)}.", head)
     for each in ran:
         (a, b, column), pair = each.deciding, each.found[each.deciding]
         which = "Robust overfitting" if column == OVERFITTING else name(column)
         of = f" (1 of {len(each.found)})" if len(each.found) > 1 else ""
         notes = (f"without {', '.join(each.absent)}: not run",) if each.absent else ()
         gap = f"{pair.difference:+.2f} [{pair.low:.1f}, {pair.high:.1f}]"
-        texts = [
-            claims().at[each.claim, "text"],
-            f"{a} − {b}, {which}{of}",
-            gap,
-            str(pair.n),
-            f"{each.p:.2g}",
-        ]
-        table.rows.append(
-            [
-                Item(each.claim),
-                *(Item(str(text)) for text in texts),
-                Item(each.verdict, notes),
-                Item(needed(each)),
-            ]
-        )
+        says, compared = str(claims().at[each.claim, "text"]), f"{a} − {b}, {which}{of}"
+        items = [*map(Item, (each.claim, says, compared, gap, str(pair.n), f"{each.p:.2g}"))]
+        table.rows.append([*items, Item(each.verdict, notes), Item(needed(each))])
     return table
 
 

@@ -19,7 +19,7 @@ MATRIX = (
     "at 5 % after Holm's correction over all pairs of this table. {basis} `metrics/tables/pairs.csv` has "
     "every attack, with intervals and p."
 )
-ONE = "With one training of each the test speaks of these networks, not of what another seed would give."
+ONE = "With one training of each a test speaks of these networks, not of what another seed would give."
 SEVERAL = "The variance of trainings and that of the test images both count."
 POWER = (
     "With 80 % power at 5 %, of a single pair. Images: how many test images decide a difference of d points "
@@ -33,12 +33,12 @@ def pair_tables(settings: list[str], compared: Compared) -> list[Table]:
     found = []
     for setting in settings:
         own = compared.pairs[compared.pairs["setting"] == setting]
-        shown = [column for column in SUMMARY if column in own["column"].array]
-        found += [_matrix(setting, column, own[own["column"] == column]) for column in shown]
-        if shown:
+        chosen = [column for column in SUMMARY if column in own["column"].array]
+        found += [_matrix(setting, column, own[own["column"] == column]) for column in chosen]
+        if chosen:
             several = bool((own["seeds"] > 1).any())
             found += [_variances(setting, compared)] if several else []
-            found.append(_power(setting, own.set_index("column").loc[shown], several))
+            found.append(_power(setting, own.set_index("column").loc[chosen], several))
     return found or [Table("Methods in pairs", "No two methods of a setting have been run.", ["Method", ""])]
 
 
@@ -87,11 +87,8 @@ def _power(setting: str, pairs: pd.DataFrame, several: bool) -> Table:
         table.head += ["Trainings, sd", *(f"Seeds, d = {each:g}" for each in POINTS)]
     for column, own in pairs.groupby(level=0, sort=False):
         share = ((own["only_first"] + own["only_second"]) / (own["n"] * own["seeds"])).median()
-        texts: list[Any] = [
-            _span(own["n"]),
-            f"{100 * share:.1f} %",
-            *(images_needed(d, share) for d in POINTS),
-        ]
+        images = [images_needed(d, share) for d in POINTS]
+        texts: list[Any] = [_span(own["n"]), f"{100 * share:.1f} %", *images]
         if several:
             sd, se = own["training_sd"].median(), own["sample_se"].median()
             texts += [f"{sd:.2f}", *(seeds_needed(d, sd, se) or "none" for d in POINTS)]

@@ -13,9 +13,7 @@ import pandas as pd
 from dynat.paper.cells import AVERAGED
 from dynat.paper.statistics import ALPHA, Paired, Scores, holm, paired
 
-OVERFITTING = (
-    "overfitting"  # a column of scores: accuracy of the last epoch less that of the chosen one, PGD-20
-)
+OVERFITTING = "overfitting"  # a column of scores: PGD-20 of the last epoch less that of the chosen one
 PAIR = ["setting", "column", "first", "second"]
 FIELDS = [*PAIR, *Paired.__dataclass_fields__, "holm", "significant"]
 Run = tuple[object, ...]  # seed, epsilon, attack seed: only equal ones are paired
@@ -61,9 +59,8 @@ def judged(measurements: pd.DataFrame) -> Judged:
                 parts = [each[seed] for each in by_seed]
                 conditions = (seed, *(run[1:] for run, _ in parts))
                 mean[conditions] = _joined([each for _, each in parts]).mean(0)
-        found |= {
-            (setting, method, column): runs for column, runs in (("all", mean), (OVERFITTING, drop)) if runs
-        }
+        made = {"all": mean, OVERFITTING: drop}
+        found |= {(setting, method, column): runs for column, runs in made.items() if runs}
     return found
 
 
