@@ -57,6 +57,11 @@ class Table:
     head: list[str]
     rows: list[list[Item]] = field(default_factory=list)
 
+    def prose(self) -> set[int]:
+        """The columns that are set left: that of the labels, and those with a text of more than a number."""
+        texts = ((rank, item.text) for row in self.rows for rank, item in enumerate(row))
+        return {0, *(rank for rank, text in texts if len(text) > PROSE)}
+
     def footnotes(self) -> dict[str, str]:
         """The distinct footnotes in order of appearance, each with its mark: one letter, then two of them."""
         notes = dict.fromkeys(note for row in self.rows for item in row for note in item.notes)
@@ -222,8 +227,8 @@ def _markdown(table: Table, level: str) -> str:
     for rank, (head, *items) in enumerate(zip(table.head, *table.rows, strict=True)):
         texts = [i.text + " ".join(m for note, m in raised.items() if note in i.notes) for i in items]
         width = max(3, len(head), *map(len, texts))
-        prose = rank == 0 or any(len(item.text) > PROSE for item in items)
-        align, rule = "<" if prose else ">", "-" * (width - 1) + ("-" if prose else ":")
+        left = rank in table.prose()
+        align, rule = "<" if left else ">", "-" * (width - 1) + ("-" if left else ":")
         columns.append([f"{text:{align}{width}}" for text in (head, rule, *texts)])
     grid = "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
     notes = "\n".join(f"{mark} {note}  " for note, mark in raised.items()).rstrip()
