@@ -14,6 +14,7 @@ import pandas as pd
 from dynat.config.params import Params, load
 from dynat.errors import UserError
 from dynat.paper import figures
+from dynat.paper.claims import UNDECIDED
 from dynat.paper.report import templates
 from dynat.paper.tables import Item, Table, markdown
 from dynat.paper.tabulation import Tabulation, tabulate
@@ -42,12 +43,12 @@ def write(root: Path = Path()) -> None:
     found, records = tabulate(params, root), read_records(params, root)
     if records.empty:
         raise UserError(f"{FOLDER}: no record of a selected run; dvc repro (-f if all is done) makes them")
-    tables = {setting: table_of(setting, found, records) for setting in params.settings}
+    tables = {s: [table_of(s, found, records), *undecided(s, found, records)] for s in params.settings}
     drawn = {setting: figure_of(setting, found, records) for setting in params.settings}
     page = templates().get_template("cost.html")
     html = page.render(introduction=INTRODUCTION, tables=tables, figures=drawn)
     text = f"# Cost beside accuracy\n\n{INTRODUCTION}\n"
-    text += "".join(f"\n#{markdown([table])}" for table in tables.values())
+    text += "".join(f"\n#{markdown(each)}" for each in tables.values())
     write_atomically(root / FOLDER / "cost.md", text.encode())
     write_atomically(root / FOLDER / "cost.html", html.encode())
     print(text)
@@ -108,6 +109,22 @@ def table_of(setting: str, found: Tabulation, records: pd.DataFrame) -> Table:
         accuracies = [replace(row[i], text=row[i].text or NONE, key=None) for i in places]
         table.rows.append([row[0], *map(Item, costs), *accuracies, Item(_hardware(own))])
     return table
+
+
+def undecided(setting: str, found: Tabulation, records: pd.DataFrame) -> list[Table]:
+    """What a further training seed of all methods of each undecided claim costs; empty if all are decided."""
+    text = "What one more training seed of the methods compared would cost, in device hours of training and "
+    text += "evaluation, going by the records. How many seeds or images decide: `metrics/tables/claims.md`."
+    table = Table(f"{setting}, undecided claims", text, ["Claim", "Methods", "A further seed (device h)"])
+    ours = records[records["setting"] == setting]
+    for each in found.decisions:
+        if each.setting == setting and each.verdict == UNDECIDED:
+            methods = dict.fromkeys(method for a, b, _ in each.found for method in (a, b))
+            hours = [_mean(ours[ours["method"] == method], "device_hours", STAGES) for method in methods]
+            least = "≥ " if any("≥" in one for one in hours) else ""
+            total = NONE if NONE in hours else f"{least}{sum(float(one.strip('≥ ')) for one in hours):.4f}"
+            table.rows.append([Item(each.claim), Item(", ".join(methods)), Item(total)])
+    return [table] if table.rows else []
 
 
 def figure_of(setting: str, found: Tabulation, records: pd.DataFrame) -> str:

@@ -45,7 +45,8 @@ def select(monkeypatch: pytest.MonkeyPatch) -> Any:
 def rows(root: Path) -> dict[str, list[str]]:
     """Write both files; the Markdown's cells by method, without the label, each split at blanks."""
     cost.write(root)
-    lines = (root / "metrics/runs/cost.md").read_text().splitlines()
+    accuracies = (root / "metrics/runs/cost.md").read_text().partition("undecided claims")[0]
+    lines = accuracies.splitlines()
     found = [[text.strip() for text in line.strip("|").split("|")] for line in lines if line[:1] == "|"]
     return {row[0].rstrip("ᵃᵇᶜ"): row[1:] for row in found[2:]}
 
@@ -94,7 +95,7 @@ def test_rows_are_in_the_order_of_the_tables_and_accuracies_have_their_footnotes
     found = rows(tmp_path)
     assert list(found) == ["pgd_at", "trades", "dynat"]
     text = (tmp_path / "metrics/runs/cost.md").read_text()
-    assert found["dynat"][8].endswith(synthetic.raised(text, "AutoAttack warned: masked?"))
+    assert synthetic.raised(text, "AutoAttack warned: masked?") in found["dynat"][8]
     assert f"dynat{synthetic.raised(text, 'sanity check failed: one')} " in text
     assert "AutoAttack warned: masked?" in (tmp_path / "metrics/runs/cost.html").read_text()
 
@@ -228,3 +229,22 @@ def test_a_broken_record_is_one_line_with_its_name(content: str, select: Any, tm
     (tmp_path / "metrics/runs/train/toy/dynat/0.json").write_text(content)
     with pytest.raises(UserError, match=r"^metrics/runs/train/toy/dynat/0\.json: [^\n]*dvc repro[^\n]*$"):
         cost.write(tmp_path)
+
+
+def test_an_undecided_claim_has_the_price_of_a_further_seed_of_its_methods(
+    select: Any, tmp_path: Path
+) -> None:
+    select(0)
+    for method in ("pgd_at", "trades", "dynat"):
+        synthetic.write(tmp_path, method, COUNTS, aa={40: 27})
+        recorded(tmp_path, method, 0)
+    cost.write(tmp_path)
+    text = (tmp_path / "metrics/runs/cost.md").read_text()
+    table = synthetic.rows(text, 1)
+    assert table["c10-static"] == {
+        "Claim": "c10-static",
+        "Methods": "dynat, pgd_at",
+        "A further seed": "3.0000",  # of each an hour of training and half an hour of evaluation
+    }
+    assert table["c10-clean"]["A further seed"] == "4.5000"
+    assert "undecided claims" in (tmp_path / "metrics/runs/cost.html").read_text()

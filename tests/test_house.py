@@ -17,14 +17,14 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "dynat/fleet": 1530,
     "dynat/accept": 510,
     "dynat/publish": 710,
-    "dynat/paper": 900,
+    "dynat/paper": 1550,
     "dynat/evaluation": 1010,
     "dynat/methods": 1135,
     "dynat/networks": 500,
     "dynat/data": 600,
     "dynat/runtime": 1345,
     "dynat/config": 680,
-    "dynat/cost.py": 170,
+    "dynat/cost.py": 190,
     "dynat/errors.py": 10,
 }
 PRIVATE = re.compile(  # words that this project once had for itself
@@ -63,7 +63,7 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 10560
+    assert sum(sizes.values()) <= 11230
     assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 3910
 
 

@@ -11,7 +11,9 @@ from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import numpy as np
 import pandas as pd
+from numpy.typing import NDArray
 
 from dynat.config.fields import radius
 from dynat.config.params import Params
@@ -57,6 +59,7 @@ class Measurement(NamedTuple):
     caveats: tuple[str, ...]  # sentences that must stand beside the number
     train_code: str  # MD5 of the code that dvc.lock says the training ran with; empty if it does not say
     attack_code: str  # the same of the evaluation
+    correct: NDArray[np.bool_]  # [n], the verdicts themselves
 
 
 @dataclass(frozen=True)
@@ -134,14 +137,16 @@ def _measure(
     for column, block, name, checkpoint, attack in _accuracies(kind, metrics):
         epsilon = attack.partition(" at ")[2].replace("-", "/") or radius(metrics["epsilon"])
         stated, evidence = metrics[block][name], verdicts[checkpoint][attack]
-        counted = accuracy(decode(evidence["robust"], evidence["n"])[: stated["n"]])
+        correct = decode(evidence["robust"], evidence["n"])[: stated["n"]]
+        counted = accuracy(correct)
         if counted != stated:
             text = f"{file}: {block}/{name} says {stated['accuracy']} % of {stated['n']}, but its verdicts "
             text += f"count {counted['accuracy']} % of {counted['n']}; restore both or run dvc repro -f"
             raise UserError(text)
         count = counted["robust"], counted["n"], epsilon, metrics["attack_seed"]
         files = file, f"/{block}/{name}/accuracy", companion
-        yield Measurement._make((*run, kind, column, checkpoint, attack, *count, *files, *of_all))
+        judged = *files, *of_all, np.array(correct)
+        yield Measurement._make((*run, kind, column, checkpoint, attack, *count, *judged))
 
 
 def _accuracies(kind: str, metrics: dict[str, Any]) -> list[tuple[str, str, str, str, str]]:

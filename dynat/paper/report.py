@@ -30,6 +30,10 @@ def render(found: Tabulation, root: Path = Path()) -> str:
     """The report; ``root`` holds data and witnesses for the images. Equal results give equal text."""
     sections = [{"id": s, "title": f"Setting {s}", **_figures(found, s, root)} for s in found.params.settings]
     sections += [{"id": f"table{number}", "title": title} for number, title in TITLES.items()]
+    sections += [
+        {"id": "claims", "title": "The paper's claims"},
+        {"id": "pairs", "title": "Methods in pairs"},
+    ]
     page = templates().get_template("report.html")
     return page.render(sections=sections, tables=found.tables, cells=found.cells.to_dict("index"))
 

@@ -1,17 +1,20 @@
 """Tables as Markdown and the report print them: of a setting, and of the paper beside its reproduction."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import chain, groupby
 from statistics import mode
 from typing import Any
 
+import numpy as np
 import pandas as pd
 
 from dynat.config.params import Params
 from dynat.paper.cells import AVERAGED, LAST, NAMES, Measured, family, name
 from dynat.paper.measurements import Results
+from dynat.paper.pairs import OVERFITTING, Compared, Judged, compare
 from dynat.paper.published import TITLES, values
+from dynat.paper.statistics import ALPHA, unpaired
 
 COLUMNS = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "pgd100", "cw", "apgd-ce", "aa", "all")
 DEPARTURES = {  # what the numbers of a column have in common -> the footnote of one that departs from it
@@ -21,8 +24,18 @@ DEPARTURES = {  # what the numbers of a column have in common -> the footnote of
     "train_code": "other code than for the rest of the column (metrics/code/train.json); run dvc repro",
     "attack_code": "other code than for the rest of the column (metrics/code/{kind}.json); run dvc repro",
 }
+PROSE = 36  # characters; a column with a longer text is set left
 LETTERS = "abcdefghijklmnoprstuvwxyz"  # not digits, which would read as powers; q has no raised form
 RAISED = str.maketrans(LETTERS, "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳˢᵗᵘᵛʷˣʸᶻ")
+LIKE_THE_BEST = (
+    "not significantly below the best of the column (paired on the same images; metrics/tables/pairs.md)"
+)
+NO_GAP = "not significant: 0 is in the unpaired 95 % interval, of the draw of test images alone"
+OVERFITTING_IS = (
+    " Robust overfitting: PGD-20 of the chosen epoch less that of the last, in points, with the 95 % "
+    "interval of the paired difference. Verdicts under PGD on training images are not stored."
+)
+NO_OVERFITTING = "not significant at 5 %, uncorrected"
 Usual = dict[str, dict[str, Any]]  # column -> the value of each of DEPARTURES that most of its numbers have
 
 
@@ -44,19 +57,28 @@ class Table:
     head: list[str]
     rows: list[list[Item]] = field(default_factory=list)
 
+    def prose(self) -> set[int]:
+        """The columns that are set left: that of the labels, and those with a text of more than a number."""
+        texts = ((rank, item.text) for row in self.rows for rank, item in enumerate(row))
+        return {0, *(rank for rank, text in texts if len(text) > PROSE)}
+
     def footnotes(self) -> dict[str, str]:
         """The distinct footnotes in order of appearance, each with its mark: one letter, then two of them."""
         notes = dict.fromkeys(note for row in self.rows for item in row for note in item.notes)
         return {note: LETTERS[i % len(LETTERS)] * (1 + i // len(LETTERS)) for i, note in enumerate(notes)}
 
 
-def setting_tables(setting: str, params: Params, results: Results, cells: pd.DataFrame) -> list[Table]:
+def setting_tables(
+    setting: str, params: Params, results: Results, cells: pd.DataFrame, compared: Compared
+) -> list[Table]:
     """The table of the selected checkpoints and that of the last epochs; rows not run stay, empty."""
     ours = cells[cells["row"] == setting]
     usual = common(ours)
     best = sorted({*COLUMNS, *ours.loc[ours["checkpoint"] == "best", "column"]}, key=_rank)
     found = ours.to_dict("records")
     items = {(cell["method"], cell["column"]): _item(cell, usual, params.seeds) for cell in found}
+    for key in _like_the_best(setting, found, compared):
+        items[key] = replace(items[key], notes=(*items[key].notes, LIKE_THE_BEST))
     seeds = ", ".join(map(str, params.seeds))
     one = f"training seed {seeds}, 95 % Wilson interval"
     spread = one if len(params.seeds) == 1 else f"mean ± standard deviation over training seeds {seeds}"
@@ -64,14 +86,37 @@ def setting_tables(setting: str, params: Params, results: Results, cells: pd.Dat
     text += _conditions(usual, best, ", as in the paper's Table 1")
     other = f"The same trainings without choosing an epoch.{_conditions(usual, LAST)}"
     chosen = Table(setting, text, ["Method", *_headings(best, usual)])
-    head = ["Method", "Epoch (chosen / last)", *_headings(LAST, usual)]
+    head = ["Method", "Epoch (chosen / last)", *_headings(LAST, usual), "Robust overfitting"]
     last = Table(f"{setting}, last epoch", other, head)
     for method in [*params.baselines, *params.variants]:
         label = Item(method, tuple(results.failed_checks[setting, method]))
         epochs = Item(", ".join(results.epochs[setting, method]))
         chosen.rows.append([label, *(items.get((method, column), Item()) for column in best)])
-        last.rows.append([label, epochs, *(items.get((method, column), Item()) for column in LAST)])
+        ends = [items.get((method, column), Item()) for column in LAST]
+        last.rows.append([label, epochs, *ends, _overfitting(compared.judged, setting, method)])
+    last.introduction += OVERFITTING_IS if any(row[-1].text for row in last.rows) else ""
     return [chosen, last]
+
+
+def _like_the_best(setting: str, cells: list[Measured], compared: Compared) -> list[tuple[str, str]]:
+    """Method and column of the cells that no test tells apart from the largest number of their column."""
+    best: dict[str, Measured] = {}
+    for cell in cells:
+        if cell["mean"] > best.get(cell["column"], {"mean": -1})["mean"]:
+            best[cell["column"]] = cell
+    keys = [(cell["method"], cell["column"]) for cell in cells]
+    return [(m, c) for m, c in keys if (setting, c, m, best[c]["method"]) in compared.alike]
+
+
+def _overfitting(found: Judged, setting: str, method: str) -> Item:
+    """PGD-20 of the chosen epoch less that of the last, in points, on the same images."""
+    drop = found.get((setting, method, OVERFITTING), {})
+    lost = compare({run: np.zeros_like(each) for run, each in drop.items()}, drop)
+    if lost is None:
+        return Item()
+    return Item(
+        f"{lost.difference:+.2f} [{lost.low:.1f}, {lost.high:.1f}]", (NO_OVERFITTING,) * (lost.p > ALPHA)
+    )
 
 
 def paper_table(number: int, params: Params, results: Results, cells: pd.DataFrame) -> Table:
@@ -87,7 +132,8 @@ def paper_table(number: int, params: Params, results: Results, cells: pd.DataFra
         which = f"of {', '.join(missing['method'].unique())}" if items else "of its rows"
         text += f" Nothing {which} is both selected and run; `{command(missing)}` runs them."
     table = Table(TITLES[number], text, ["Method", "", *_headings(columns, usual)])
-    gaps = ours["difference"].map(Item).to_dict()
+    images = paper["images"].to_dict()
+    gaps = {key: _gap(cell, images[key]) for key, cell in ours.to_dict("index").items()}
     for _, group in groupby(paper.to_dict("index").items(), key=lambda each: each[1]["row"]):
         row = dict(group)
         first, doubts = next(iter(row.values())), [each["doubts"] for each in row.values()]
@@ -101,6 +147,14 @@ def paper_table(number: int, params: Params, results: Results, cells: pd.DataFra
         if row.keys() & items.keys():
             table.rows.append([Item(), Item("difference"), *(gaps.get(key, Item()) for key in row)])
     return table
+
+
+def _gap(cell: Measured, n: int) -> Item:
+    """Reproduced minus published; ``n`` images are behind the latter, 0 if its interval cannot be told."""
+    if not n or cell["n"] == "mixed":
+        return Item(cell["difference"])
+    low, high = unpaired(cell["mean"], int(cell["n"]), float(cell["published"]), n)
+    return Item(cell["difference"], (NO_GAP,) * (low <= 0 <= high))
 
 
 def command(missing: pd.DataFrame) -> str:
@@ -172,8 +226,9 @@ def _markdown(table: Table, level: str) -> str:
     columns = []
     for rank, (head, *items) in enumerate(zip(table.head, *table.rows, strict=True)):
         texts = [i.text + " ".join(m for note, m in raised.items() if note in i.notes) for i in items]
-        width, align = max(3, len(head), *map(len, texts)), ">" if rank else "<"
-        rule = "-" * (width - 1) + (":" if rank else "-")
+        width = max(3, len(head), *map(len, texts))
+        left = rank in table.prose()
+        align, rule = "<" if left else ">", "-" * (width - 1) + ("-" if left else ":")
         columns.append([f"{text:{align}{width}}" for text in (head, rule, *texts)])
     grid = "\n".join(f"| {' | '.join(row)} |" for row in zip(*columns, strict=True))
     notes = "\n".join(f"{mark} {note}  " for note, mark in raised.items()).rstrip()

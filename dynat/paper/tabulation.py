@@ -10,10 +10,12 @@ import pandas as pd
 from dynat.config.params import Params
 from dynat.paper import published
 from dynat.paper.cells import NUMBERS, PLOTS, TABLES, cells_json, paper_cells, setting_cells
+from dynat.paper.claims import Decision, claim_tables, decisions
+from dynat.paper.matrices import SUMMARY, pair_tables
 from dynat.paper.measurements import CURVES, RUN, Results, read_results
+from dynat.paper.pairs import FIELDS, Compared, compared
 from dynat.paper.tables import COLUMNS, Table, markdown, paper_table, setting_tables
 
-SUMMARY = ["clean", "pgd20", "cw", "aa"]
 NUMBER = [*NUMBERS, "epsilon", "attack_seed", "caveats"]
 SETTING = ["method", "checkpoint", "attack", "seed", *NUMBER, "cell"]
 PAPER = ["target", "method", "attack", "published", "doubtful", *NUMBER, "difference", "notes", "cell"]
@@ -26,6 +28,8 @@ class Tabulation:
     params: Params
     results: Results
     cells: pd.DataFrame  # of the settings, then of the paper; see dynat.paper.cells
+    compared: Compared
+    decisions: list[Decision]  # of the paper's claims, by setting
     tables: dict[str, list[Table]]  # name of the file without suffix -> its tables
 
 
@@ -37,9 +41,12 @@ def tabulate(params: Params, root: Path = Path()) -> Tabulation:
     results = read_results(params, root)
     cells = setting_cells(results.measurements)
     cells = pd.concat([cells, paper_cells(cells)])
-    tables = {setting: setting_tables(setting, params, results, cells) for setting in params.settings}
+    pairs = compared(results.measurements)
+    decided = decisions(params.settings, pairs.judged)
+    tables = {s: setting_tables(s, params, results, cells, pairs) for s in params.settings}
     tables |= {f"table{number}": [paper_table(number, params, results, cells)] for number in published.TITLES}
-    return Tabulation(params, results, cells, tables)
+    tables |= {"claims": claim_tables(decided), "pairs": pair_tables(params.settings, pairs)}
+    return Tabulation(params, results, cells, pairs, decided, tables)
 
 
 def text_files(found: Tabulation) -> dict[str, str]:
@@ -51,6 +58,7 @@ def text_files(found: Tabulation) -> dict[str, str]:
     paper = paper.join(found.cells[[*NUMBER, "difference", "cell"]])  # nothing where nothing was run
     for number, rows in paper.groupby("table"):
         files[f"{TABLES}/table{number}.csv"] = csv_text(rows, PAPER)
+    files[f"{TABLES}/pairs.csv"] = csv_text(found.compared.pairs, FIELDS)
     files[f"{TABLES}/cells.json"] = cells_json(found.cells)
     files[f"{PLOTS}/training.csv"] = csv_text(found.results.histories, [*RUN, "epoch", *CURVES])
     ours = found.cells[found.cells["table"].isin(found.params.settings)]
