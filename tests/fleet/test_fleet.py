@@ -135,7 +135,7 @@ def test_the_stages_of_a_lost_node_go_on_elsewhere(how: signal.Signals, folder: 
 def test_a_driver_that_is_killed_loses_nothing(folder: Path, serial: Path) -> None:
     with cluster(node=GPU) as nodes:
         process = start(folder, "--address", nodes.address)
-        until(lambda: begun(folder, "a", "end"))
+        until((folder / ".dvc/tmp/fleet/results/a.json").exists)  # its command has ended
         until(lambda: begun(folder, "c") + begun(folder, "d"))
         process.kill()
         process.communicate()
@@ -244,6 +244,7 @@ def test_machines_that_cannot_work_together_are_refused(
             status, output = run(folder, "--address", nodes.address)
         finally:
             os.killpg(other.pid, signal.SIGKILL)
+            other.wait()
     assert status == 2, output
     assert message in output
     assert journal(folder) == []
