@@ -48,6 +48,14 @@ def pipeline(finished_pipeline: Path, tmp_path: Path) -> Path:
     return pipelines.duplicate(finished_pipeline, tmp_path / "repository")
 
 
+@pytest.fixture
+def repository(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """That repository as the current folder, its MLflow store the default one."""
+    monkeypatch.chdir(pipeline)
+    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
+    return pipeline
+
+
 @pytest.fixture(scope="session")
 def stage_server() -> Iterator[str]:
     """The socket of a server that forks stages, one for each process of the tests."""

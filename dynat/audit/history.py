@@ -34,14 +34,14 @@ def commits(lineage: Lineage, stages: Iterable[str]) -> list[Link]:
     entries = dict(ENTRY.findall(lock))
     wanted = {name: entries[name] for name in stages if name in entries}
     waiting, found = {*wanted}, dict[str, str]()
-    log = (_git(root, "log", "--first-parent", "--format=%H", "--", LOCK) or b"").decode().split()
+    log = (git(root, "log", "--first-parent", "--format=%H", "--", LOCK) or b"").decode().split()
     for commit in log:  # the newest first: an entry appeared in the last that has it
         then = _entries(root, commit)
         waiting = {name for name in waiting if then.get(name) == wanted[name]}
         found |= dict.fromkeys(waiting, commit)
         if not waiting:
             break
-    cut = waiting if _git(root, "rev-parse", "--is-shallow-repository") == b"true\n" else set()
+    cut = waiting if git(root, "rev-parse", "--is-shallow-repository") == b"true\n" else set()
     brought: dict[str, list[str]] = defaultdict(list)
     for name in wanted:
         if name in found and name not in cut:
@@ -72,7 +72,7 @@ def _uncommitted(lineage: Lineage, wanted: dict[str, str]) -> Iterator[Link]:
 
 def _entries(root: Path, commit: str) -> dict[str, str]:
     """Stage -> its lines in the ``dvc.lock`` of a commit."""
-    return dict(ENTRY.findall((_git(root, "show", f"{commit}:./{LOCK}") or b"").decode()))
+    return dict(ENTRY.findall((git(root, "show", f"{commit}:./{LOCK}") or b"").decode()))
 
 
 # ------------------------------------------------------------------------------------- the code at a commit
@@ -97,7 +97,7 @@ def _clean(lineage: Lineage, commit: str, names: list[str]) -> Link:
             ran |= {path: "unreadable"}
         then |= listed(_closures(lineage.root, commit).get(Path(path).stem, {}), path)
         now |= lineage.closure(path)
-    when = (_git(lineage.root, "log", "-1", "--format=%cs", commit) or b"").decode().strip()
+    when = (git(lineage.root, "log", "-1", "--format=%cs", commit) or b"").decode().strip()
     subject = f"commit {commit[:10]} ({when})"
     if wrong := [name for name in {**ran, **then} if ran.get(name) != then.get(name)]:
         text = f"{some(wrong)} differ from what {some(names, 2)} ran with: the tree was not clean"
@@ -126,7 +126,7 @@ def _closures(root: Path, commit: str) -> dict[str, Any]:
 
 def checkout(root: Path, commit: str, folder: Path) -> bool:
     """Write the code at a commit below ``folder``; False if there is none."""
-    archive = _git(root, "archive", commit, "dynat", "stages")
+    archive = git(root, "archive", commit, "dynat", "stages")
     if archive is not None:
         with tarfile.open(fileobj=io.BytesIO(archive)) as tree:
             tree.extractall(folder, filter="data")
@@ -135,8 +135,8 @@ def checkout(root: Path, commit: str, folder: Path) -> bool:
 
 def commit_with(root: Path, file: str, md5: str) -> str | None:
     """The newest commit that changed ``file`` to the content of that MD5."""
-    for commit in (_git(root, "log", "--format=%H", "--", file) or b"").decode().split():
-        content = _git(root, "show", f"{commit}:./{file}") or b""
+    for commit in (git(root, "log", "--format=%H", "--", file) or b"").decode().split():
+        content = git(root, "show", f"{commit}:./{file}") or b""
         if hashlib.md5(content, usedforsecurity=False).hexdigest() == md5:
             return commit
     return None
@@ -151,7 +151,8 @@ def _refusal(root: Path) -> str | None:
     return None if done.returncode == 0 else (done.stderr.splitlines() or ["no reason given"])[0]
 
 
-def _git(root: Path, *arguments: str) -> bytes | None:
+def git(root: Path, *arguments: str) -> bytes | None:
+    """What a command of Git prints in ``root``; None where it fails, or there is no Git."""
     try:
         done = subprocess.run(["git", *arguments], cwd=root, capture_output=True)
     except OSError:  # no git

@@ -13,7 +13,8 @@ SETTINGS = {  # Ray reads them when it is imported
     "RAY_memory_monitor_refresh_ms": "0",  # kills a stage for memory that a stranger uses
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",  # a warning; worker.stage_environment sets the variable
 }
-os.environ.update({name: os.environ.get(name, value) for name, value in SETTINGS.items()})
+for name, value in SETTINGS.items():
+    os.environ.setdefault(name, value)
 
 import ray  # noqa: E402
 from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy  # noqa: E402
@@ -61,8 +62,9 @@ class Cluster:
             each["NodeID"]: each for each in ray.nodes() if each["Alive"] and each["Resources"].get("CPU")
         }
         new = alive.keys() - self._facts.keys() - self._refused
+        own = worker.facts(self.root, self.nonce) if new else {}
         for node_id, found in self._preflight(sorted(new)).items():
-            fault = found["fault"] or worker.different(self._own(), found)
+            fault = found["fault"] or worker.different(own, found)
             if fault:
                 message = (
                     f"node {found['host']} {fault}" if found["fault"] else f"node {found['host']}: {fault}"
@@ -109,9 +111,6 @@ class Cluster:
     def close(self) -> None:
         """Leave the cluster; one that was started for this run ends."""
         ray.shutdown()
-
-    def _own(self) -> dict[str, Any]:
-        return worker.facts(self.root, self.nonce)
 
     def _preflight(self, node_ids: list[str]) -> dict[str, dict[str, Any]]:
         jobs = {

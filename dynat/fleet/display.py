@@ -6,6 +6,7 @@ import time
 from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Any
 
 from rich.console import Console, Group
@@ -15,7 +16,6 @@ from rich.text import Text
 
 EPOCH = re.compile(r"^epoch (\d+)", re.MULTILINE)
 CHUNK = re.compile(r"attack: (.+)$", re.MULTILINE)
-TAIL = 4000  # bytes of a log that are looked at
 
 
 @dataclass
@@ -24,26 +24,34 @@ class Running:
 
     where: str  # node and GPU
     started: float  # time.time()
-    log: Any  # Path
+    log: Path
     begins: int  # byte of the log at which the attempt begins
     expected: float  # seconds
     epochs: int | None  # of a training
 
     def progress(self, now: float) -> tuple[str, float | None]:
         """The epoch or the part that was finished last, and the seconds left, if known."""
-        try:
-            with open(self.log, "rb") as file:
-                file.seek(self.begins)
-                text = file.read().decode(errors="replace")
-        except OSError:
-            text = ""
-        spent = now - self.started
+        text, spent = self._said(), now - self.started
         if self.epochs and (found := EPOCH.findall(text)):
             first, last = int(found[0]), int(found[-1])
             each = spent / (last - first + 1)
             return f"epoch {last + 1} of {self.epochs}", each * (self.epochs - 1 - last)
         parts = CHUNK.findall(text)
         return (parts[-1] if parts else ""), max(0.0, self.expected - spent)
+
+    def got_further(self) -> bool:
+        """Whether this attempt finished a part of the work."""
+        text = self._said()
+        return bool(EPOCH.search(text) or CHUNK.search(text))
+
+    def _said(self) -> str:
+        """What this attempt has printed so far."""
+        try:
+            with open(self.log, "rb") as file:
+                file.seek(self.begins)
+                return file.read().decode(errors="replace")
+        except OSError:
+            return ""
 
 
 @dataclass

@@ -1,11 +1,9 @@
 """The loop that gives stages to nodes, records what they finish, and tries again what a fault stopped."""
 
 import os
-import re
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from pathlib import Path
 
 from dynat.config.params import Params
 from dynat.errors import UserError
@@ -14,10 +12,9 @@ from dynat.fleet.display import Counts, Display, Running, duration
 from dynat.fleet.dvc_stages import Pipeline
 from dynat.fleet.needs import Command, Durations, Needs, needs
 from dynat.fleet.schedule import Node, Slots, fitting, longest_paths
-from dynat.fleet.worker import Job, Outcome, environment_of_driver, finished, folder_of
+from dynat.fleet.worker import Job, Outcome, environment_of_driver, finished, folder_of, result_of
 
 POLL_S = 0.5
-PROGRESS = re.compile(rb"^epoch \d+|attack: ", re.MULTILINE)  # a line of a log for each part of the work
 
 
 @dataclass
@@ -27,7 +24,6 @@ class Attempt:
     job: Job
     node: Node
     running: Running
-    kept: bool = True
 
 
 @dataclass
@@ -59,7 +55,7 @@ class Driver:
         self.root = self.pipeline.root
         self.commands = {name: Command.parse(each.command) for name, each in stages.items()}
         self.durations = Durations(self.commands.values())
-        self.waiting, self.ready = list(stages), dict[str, str]()
+        self.waiting, self.ready = list(stages), list[str]()
         self.done, self.skipped = set[str](), set[str]()
         self.tries = {name: Tries() for name in stages}
         self.attempts: dict[Ref, Attempt] = {}
@@ -69,14 +65,13 @@ class Driver:
 
     def run(self) -> bool:
         """Do everything that can be done; whether nothing was asked to stop."""
-        self.find_nodes()
         with self.display:
             while self.waiting or self.ready or self.attempts:
                 if self.stopping() and not self.stop.exists():
                     self.stop.touch()
                     self.display.line(f"stopping: {len(self.attempts)} stages save what they have")
                 if self.stop.exists():
-                    self.waiting, self.ready = [], {}
+                    self.waiting, self.ready = [], []
                 self.find_nodes()
                 self._begin()
                 self._submit()
@@ -131,7 +126,7 @@ class Driver:
                     self._fail(name, str(error))
                     continue
                 if state == "to run":
-                    self.ready[name] = ""
+                    self.ready.append(name)
                 elif state == "cached":
                     cached.append(name)
                 else:
@@ -149,12 +144,12 @@ class Driver:
                 if not self.slots.nodes:
                     return  # all have gone; others may come
                 self._fail(name, str(error))
-                del self.ready[name]
+                self.ready.remove(name)
                 continue
             node = self.slots.place(name, required, tries.kind)
             if node is None:
                 continue
-            del self.ready[name]
+            self.ready.remove(name)
             if required.gpus:
                 tries.kind = node.kind
             try:
@@ -165,12 +160,10 @@ class Driver:
 
     def _start(self, name: str, node: Node, required: Needs) -> None:
         tries, stage = self.tries[name], self.pipeline.stages[name]
-        environment = environment_of_driver()
         tries.count += 1
-        job = Job(self.root, name, {}, environment, required.gpus, tries.count, self.stop)
-        done = finished(stage, stage.dependencies(), job.result)
+        done = finished(stage, stage.dependencies(), result_of(self.root, name))
         planned = self.pipeline.begin(name, done or tries.count > 1)
-        job = Job(self.root, name, planned, environment, required.gpus, tries.count, self.stop)
+        job = Job(self.root, name, planned, environment_of_driver(), required.gpus, tries.count, self.stop)
         command, size = self.commands[name], job.log.stat().st_size if job.log.exists() else 0
         running = Running(
             f"{node.name}{' GPU' if required.gpus else ''}",
@@ -208,14 +201,14 @@ class Driver:
         self.pipeline.release(name)
         if outcome.ended == "stopped" or self.stop.exists():
             return name, outcome
-        further = _progress(attempt.job.log, attempt.running.begins)
+        further = attempt.running.got_further()
         tries.fruitless = 0 if further else tries.fruitless + 1
         again = (outcome.ended == "interrupted" and tries.fruitless <= self.retries) or (
             outcome.ended == "failed" and further
         )
         if again:
             self.display.line(f"{name}: {outcome.why}; tried again")
-            self.ready[name] = ""
+            self.ready.append(name)
         else:
             self._fail(name, f"{outcome.why} (log: {os.path.relpath(attempt.job.log, self.root)})")
         return name, outcome
@@ -263,13 +256,3 @@ class Driver:
         return Counts(
             len(self.commands), len(self.done) + more, len(self.failed), len(self.skipped), left, running
         )
-
-
-def _progress(log: Path, begins: int) -> bool:
-    """Whether an attempt finished a part of its work."""
-    try:
-        with open(log, "rb") as file:
-            file.seek(begins)
-            return bool(PROGRESS.search(file.read()))
-    except OSError:
-        return False

@@ -7,7 +7,6 @@ there, which takes no lock: the cache's files are renamed into place. The driver
 
 import json
 import logging
-import subprocess
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
@@ -24,6 +23,7 @@ from dvc.stage.cache import RunCacheNotFoundError
 from dvc.utils.serialize import loads_yaml, modify_yaml
 from dvc_data.hashfile.hash_info import HashInfo
 
+from dynat.audit.history import git
 from dynat.audit.link import one_line
 from dynat.errors import UserError
 from dynat.runtime.files import digest
@@ -199,10 +199,8 @@ class Pipeline:
         lock = self.root / LOCK
         if not lock.exists():
             return
-        answer = subprocess.run(
-            ["git", "show", f"HEAD:./{LOCK}"], cwd=self.root, capture_output=True, text=True
-        )
-        before = loads_yaml(answer.stdout).get("stages", {}) if answer.returncode == 0 else {}
+        committed = git(self.root, "show", f"HEAD:./{LOCK}")
+        before = loads_yaml(committed.decode()).get("stages", {}) if committed else {}
         rank = {
             name: place for place, name in enumerate([*before, *(n for n in self.stages if n not in before)])
         }

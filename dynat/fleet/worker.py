@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 from filelock import FileLock, Timeout
 
+from dynat.audit.history import git
 from dynat.errors import UserError
 from dynat.fleet import supervisor
 from dynat.fleet.dvc_stages import StageFiles, changed, key_of
@@ -43,11 +44,6 @@ class Job:
     stop: Path  # its presence asks to leave
 
     @property
-    def folder(self) -> Path:
-        """Where fleets keep their files."""
-        return folder_of(self.root)
-
-    @property
     def log(self) -> Path:
         """What the command prints, of all attempts."""
         return log_of(self.root, self.name)
@@ -55,7 +51,7 @@ class Job:
     @property
     def result(self) -> Path:
         """How the last command ended."""
-        return self.folder / "results" / f"{self.name}.json"
+        return result_of(self.root, self.name)
 
 
 @dataclass(frozen=True)
@@ -77,6 +73,11 @@ def folder_of(root: Path) -> Path:
 def log_of(root: Path, name: str) -> Path:
     """What the command of a stage prints."""
     return folder_of(root) / "logs" / f"{name}.log"
+
+
+def result_of(root: Path, name: str) -> Path:
+    """How the last command of a stage ended."""
+    return folder_of(root) / "results" / f"{name}.json"
 
 
 def environment_of_driver() -> dict[str, str]:
@@ -271,8 +272,5 @@ def different(own: Mapping[str, Any], other: Mapping[str, Any]) -> str:
 
 def _commit(root: Path) -> str | None:
     """The commit that is checked out, None where Git cannot say."""
-    try:
-        answer = subprocess.run(["git", "rev-parse", "HEAD"], cwd=root, capture_output=True, text=True)
-    except OSError:
-        return None
-    return answer.stdout.strip() or None
+    head = git(root, "rev-parse", "HEAD")
+    return head.decode().strip() if head else None

@@ -11,11 +11,3 @@ def finished(finished_pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.chdir(finished_pipeline)
     monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
     return finished_pipeline
-
-
-@pytest.fixture
-def repository(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One of its own as the current folder."""
-    monkeypatch.chdir(pipeline)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return pipeline

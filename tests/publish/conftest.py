@@ -1,4 +1,4 @@
-"""The finished pipeline as the current folder, and a publication of its `digits/dynat/0`."""
+"""A publication of the run `digits/dynat/0` of the finished pipeline."""
 
 from collections.abc import Callable
 from pathlib import Path
@@ -8,14 +8,6 @@ import pytest
 from dynat.publish.__main__ import publish
 
 RUN = "digits/dynat/0"
-
-
-@pytest.fixture
-def repository(pipeline: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
-    """One of its own."""
-    monkeypatch.chdir(pipeline)
-    monkeypatch.delenv("MLFLOW_TRACKING_URI", raising=False)
-    return pipeline
 
 
 @pytest.fixture
