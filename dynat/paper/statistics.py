@@ -5,6 +5,7 @@ Formulas, sources and what each number rests on are in ``docs/claims.md``.
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cache
 from math import ceil, sqrt
 
 import numpy as np
@@ -66,6 +67,7 @@ def paired(first: Scores, second: Scores) -> Paired:
     return Paired(seeds, n, ahead, behind, 100 * mean, low, high, p, 100 * se, 100 * sd)
 
 
+@cache  # one pair stands in several tables
 def mcnemar(only_first: int, only_second: int) -> float:
     """Two-sided exact p of McNemar's test: discordant images fall to either side like a fair coin."""
     discordant = only_first + only_second
@@ -121,11 +123,16 @@ def seeds_needed(points: float, training_sd: float, sample_se: float, alpha: flo
     All in points; ``training_sd`` and ``sample_se`` as in :class:`Paired`. None where no number of seeds
     does (up to :data:`SEEDS`), as the images are too few, or the difference is 0.
     """
-    for seeds in range(2, SEEDS + 1):
-        factor = t.isf(alpha / 2, seeds - 1) + t.ppf(POWER, seeds - 1)
-        if factor * sqrt(training_sd**2 / seeds + sample_se**2) <= abs(points):
-            return seeds
-    return None
+    seeds, factors = _factors(alpha)
+    enough = factors * np.sqrt(training_sd**2 / seeds + sample_se**2) <= abs(points)
+    return int(seeds[enough.argmax()]) if enough.any() else None
+
+
+@cache
+def _factors(alpha: float) -> tuple[NDArray[np.int64], NDArray[np.float64]]:
+    """Numbers of seeds, and how many standard errors a difference must have with each to be found."""
+    seeds = np.arange(2, SEEDS + 1)
+    return seeds, t.isf(alpha / 2, seeds - 1) + t.ppf(POWER, seeds - 1)
 
 
 def _sd(values: NDArray[np.float64]) -> float:
