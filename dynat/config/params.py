@@ -229,6 +229,17 @@ class Params(Section):
                 raise KeyedError("variants", f"{name!r} trains no guide; select it in baselines")
         return self
 
+    def methods(self, setting: str) -> list[str]:
+        """The selected rows of ``setting``, in their order."""
+        return [*self.baselines, *self.variants]
+
+    @property
+    def runs(self) -> list[tuple[str, str, int]]:
+        """Setting, method and training seed of everything selected, in their order."""
+        return [
+            (each, name, seed) for each in self.settings for name in self.methods(each) for seed in self.seeds
+        ]
+
     def recipe(self, setting: str, method: str) -> Recipe:
         """The recipe of ``method`` as ``setting`` runs it.
 

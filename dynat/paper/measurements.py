@@ -3,11 +3,9 @@
 Numbers are counted from the per-sample verdicts; the metrics beside them must agree, or nothing is tabulated.
 """
 
-import re
 from collections import defaultdict
 from collections.abc import Iterator
 from dataclasses import dataclass
-from itertools import product
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -75,15 +73,16 @@ class Results:
 
 def read_results(params: Params, root: Path = Path()) -> Results:
     """Every selected result; :class:`UserError` on metrics that contradict their verdicts or each other."""
-    code = {  # attack@digits-dynat-0 -> MD5; -s, frozen and dvc commit can leave stages of mixed versions
-        re.sub(r"_(baseline|dynat)@", "@", stage, count=1): md5
-        for stage, entry in read_lock(root).items()
+    code = {  # output -> MD5; -s, frozen and dvc commit can leave stages of mixed versions
+        output: md5
+        for entry in read_lock(root).values()
         for path, md5 in locked(entry, "deps").items()
         if path.startswith("metrics/code/")
+        for output in locked(entry, "outs")
     }
     measured, radii, histories = list[Measurement](), [], []
     epochs, failed = Texts(list), Texts(list)
-    for run in product(params.settings, (*params.baselines, *params.variants), params.seeds):
+    for run in params.runs:
         name = "/".join(map(str, run))
         try:
             metrics = _metrics(root, name)
@@ -132,7 +131,7 @@ def _measure(
     caveats = [f"AutoAttack warned: {warning}" for warning in metrics.get("warnings", ())]
     caveats += metrics.get("data_notes", ())
     caveats += [text for (key, value), text in CAVEATS.items() if metrics.get(key) == value]
-    versions = [code.get(f"{stage}@{run[0]}-{run[1]}-{run[2]}", "") for stage in ("train", kind)]
+    versions = [code.get(output, "") for output in (f"models/{run[0]}/{run[1]}/{run[2]}", file)]
     of_all = (tuple(caveats), *versions)
     for column, block, name, checkpoint, attack in _accuracies(kind, metrics):
         epsilon = attack.partition(" at ")[2].replace("-", "/") or radius(metrics["epsilon"])

@@ -154,12 +154,19 @@ def test_seeds_that_are_missing_are_named(tmp_path: Path) -> None:
 
 def lock_file(root: Path, versions: dict[str, str]) -> None:
     """A ``dvc.lock`` in which stages (``attack_baseline@toy-mart-0``) ran with versions of their code."""
-    entries = "".join(
-        f"  {stage}:\n    cmd: x\n    deps:\n    - path: metrics/code/{stage.split('_')[0]}.json\n"
-        f"      hash: md5\n      md5: {md5}\n      size: 1\n    - path: data/toy.safetensors\n"
-        f"      hash: md5\n      md5: {stage.encode().hex()}\n      size: 1\n"
-        for stage, md5 in versions.items()
-    )
+    entries = ""
+    for stage, md5 in versions.items():
+        kind, run = stage.split("_")[0], stage.split("@")[1].replace("-", "/")
+        out = f"models/{run}" if kind == "train" else f"metrics/{kind}/{run}.json"
+        files = {
+            "deps": {f"metrics/code/{kind}.json": md5, "data/toy.safetensors": stage.encode().hex()},
+            "outs": {out: stage.encode().hex()},
+        }
+        entries += f"  {stage}:\n    cmd: x\n"
+        for what, hashes in files.items():
+            entries += f"    {what}:\n"
+            for path, each in hashes.items():
+                entries += f"    - path: {path}\n      hash: md5\n      md5: {each}\n      size: 1\n"
     (root / "dvc.lock").write_text(f"schema: '2.0'\nstages:\n{entries}")
 
 
