@@ -149,8 +149,9 @@ def _missing(setting: str, params: Params, records: pd.DataFrame) -> list[str]:
     known = {*records[["method", "seed", "stage"]].itertuples(index=False, name=None)}
     missing = []
     for run in (each[1:] for each in params.runs if each[0] == setting):
-        stages = [stage for stage in STAGES if (*run, stage) not in known]
-        which = f"{' and '.join(stages)} of " if len(stages) < len(STAGES) else ""
+        needed = EVALUATION if run[0] in params.checkpoint else STAGES
+        stages = [stage for stage in needed if (*run, stage) not in known]
+        which = f"{' and '.join(stages)} of " if len(stages) < len(needed) else ""
         missing += [f"{which}{run[0]}/{run[1]}"] if stages else []
     return missing
 

@@ -24,7 +24,8 @@ PRESENT = Path(__file__).resolve().parents[2]
 SAMPLES, BATCH = 8, 4  # test images of an evaluation, and a chunk of them
 FEW: dict[str, dict[str, Any]] = {"attack": {"n": SAMPLES, "batch": BATCH}}
 FEW["autoattack"] = {"n": [SAMPLES], "batch": BATCH, "workers": 1}
-WHAT = {"train": "every parameter, statistic and loss", "prepare": "every file", "tabulate": "every file"}
+WHOLE = ("prepare", "import", "tabulate")  # stages that are compared by every file they write
+WHAT = {"train": "every parameter, statistic and loss", **dict.fromkeys(WHOLE, "every file")}
 WHAT |= dict.fromkeys(FEW, f"every attack on the first {SAMPLES} test images, in chunks of {BATCH}")
 
 
@@ -54,7 +55,7 @@ def compare(root: Path, stale: list[Stale]) -> dict[str, list[str]]:
                 epochs = [name.partition(":")[0] for name, _ in values if name.startswith("epoch")]
                 what = f"{len(values)} values equal to the bit: {WHAT[stage.kind]}"
                 found[stage.name] = [what, *dict.fromkeys(epochs)]
-            if stages[0].kind not in ("prepare", "tabulate"):  # these are compared whole
+            if stages[0].kind not in WHOLE:
                 sources.append((_sources(recorded, modules), _sources(PRESENT, modules)))
             for module, lines in after["executed"].items():
                 executed[module].update(lines)
@@ -103,7 +104,8 @@ def _workspace(root: Path, folder: Path, stage: Stale) -> Path:
     if stage.kind in FEW:
         section = values["study"][stage.setting][stage.kind]
         section |= FEW[stage.kind] | ({"runs": []} if "runs" in section else {})
-    links = [root / "dvc.lock", root / "models", *(root / "data").iterdir()]
+    links = [root / "dvc.lock", *(root / "data").iterdir()]
+    links += [root / "models"] if stage.kind != "import" else []  # which writes there
     if stage.kind == "tabulate":
         links += [root / "metrics" / name for name in ("attack", "autoattack", "sanity")]
     for path in links:

@@ -124,8 +124,10 @@ def script(kind: str, run: list[Any]) -> Values:
 
 
 def _written() -> set[Path]:
-    """The files below data and metrics but runs, which is what a machine says of itself."""
-    paths = [path for folder in ("data", "metrics") for path in Path(folder).rglob("*") if path.is_file()]
+    """The files below data, models and metrics but runs, which is what a machine says of itself."""
+    paths = [
+        path for folder in ("data", "models", "metrics") for path in Path(folder).rglob("*") if path.is_file()
+    ]
     return {path for path in paths if path.parts[:2] != ("metrics", "runs")}
 
 

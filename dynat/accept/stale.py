@@ -16,7 +16,7 @@ class Stale(NamedTuple):
     """A stage of which dvc.lock names other code than there is."""
 
     name: str
-    kind: str  # its script: prepare, train, attack, autoattack, tabulate
+    kind: str  # its script: prepare, import, train, attack, autoattack, tabulate
     setting: str | None
     method: str | None
     seed: int | None

@@ -10,7 +10,7 @@ from dynat.audit.lineage import CODE, Lineage
 from dynat.audit.link import Audited, Link, absent, broken, good, one_line, some
 from dynat.audit.printed import Printed, Source, kind_and_run
 from dynat.audit.selection import stages_behind
-from dynat.data.download import verify
+from dynat.data.download import verify, verify_weights
 from dynat.errors import UserError
 from dynat.runtime.files import read_json
 from dynat.runtime.lock import locked
@@ -32,7 +32,7 @@ def audit(printed: Printed, lineage: Lineage, keys: Iterable[str], whole: bool =
     for key, (chain, missing) in behind.items():
         links = [*printed.check(key), *missing]
         links += [link for stage in chain for link in lineage.check(stage)]
-        links += [link for name in chain if name.startswith("prepare@") for link in archive(name)]
+        links += [link for name in chain for link in archive(name)]
         links += [] if whole else history
         for source in [] if missing else printed.sources(key):
             links += [link for at in _runs(printed, lineage, source) for link in record(*at)]
@@ -46,13 +46,16 @@ def audit(printed: Printed, lineage: Lineage, keys: Iterable[str], whole: bool =
 
 
 def _archive(printed: Printed, stage: str) -> list[Link]:
-    """Whether the archive or folder that a ``prepare@<setting>`` read is still what params.yaml says."""
-    setting = stage.partition("@")[2]
-    study = printed.params.study.get(setting)
-    if study is None or (name := study.data.archive) is None:
+    """Whether what ``prepare@<setting>`` or ``import@<checkpoint>`` read is still what params.yaml says."""
+    kind, _, which = stage.partition("@")
+    if kind == "prepare" and (study := printed.params.study.get(which)) and study.data.archive:
+        name, held = study.data.archive, partial(verify, study.data, f"study.{which}.data")
+    elif kind == "import" and (given := printed.params.checkpoint.get(which)):
+        name, held = given.file, partial(verify_weights, given, f"checkpoint.{which}")
+    else:
         return []
     try:
-        if verify(study.data, f"study.{setting}.data"):
+        if held():
             return [good("data", name, "at hand, with the hash that params.yaml says")]
         return [absent("data", name, "not at hand; its hash is that of params.yaml in dvc.lock")]
     except UserError as error:
@@ -67,7 +70,8 @@ def _runs(printed: Printed, lineage: Lineage, source: Source) -> Iterator[tuple[
         model = str((read_json(printed.root, source["file"]) or {}).get("model_sha256", ""))
     except UserError:
         model = ""
-    for stage, output in (("train", f"models/{run}"), (kind, source["file"])):
+    made = "import" if run.split("/")[1] in printed.params.checkpoint else "train"
+    for stage, output in ((made, f"models/{run}"), (kind, source["file"])):
         entry = lineage.lock.get(lineage.producers.get(output, ""), {})
         yield stage, run, model, locked(entry, "deps").get(f"{CODE}{stage}.json", "")
 

@@ -30,9 +30,13 @@ def circumstances(root: Path, stage: str, run: str, model_sha256: str, code: str
         status, tagged = logged or ("FINISHED", None)
         kind, _, cell = record["stage"].partition("@")
         weights, seed = record["model_sha256"], str(record["seed"])
+        named = (
+            run.replace("/", "-"),
+            run.split("/")[1],
+        )  # a stage of a checkpoint is called by its name alone
         for fault, now, wanted in (
             (f"is the record of {record['stage']}", kind.split("_")[0], stage),
-            (f"is the record of {record['stage']}", cell, cell and run.replace("/", "-")),
+            (f"is the record of {record['stage']}", cell in ("", *named), True),
             (f"is of the training seed {seed}", seed, run.rpartition("/")[2]),
             (f"is of the weights {weights[:10]}", weights, model_sha256 or weights),
             (f"its MLflow run is {status}, of the weights {str(tagged)[:10]}", status, "FINISHED"),

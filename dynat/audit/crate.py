@@ -100,7 +100,7 @@ def _files(root: Path, cells: dict[str, dict[str, Any]]) -> tuple[list[str], lis
     sources = [source for cell in cells.values() for source in cell["sources"]]
     results = [name for source in sources for name in (source["file"], source["verdicts"])]
     tables = [name for cell in cells.values() for name in cell["tables"]]
-    runs = [(stage, run) for kind, run in map(kind_and_run, sources) for stage in ("train", kind)]
+    runs = [(stage, run) for kind, run in map(kind_and_run, sources) for stage in ("train", "import", kind)]
     records = dict.fromkeys(f"metrics/runs/{stage}/{run}.json" for stage, run in runs)
     found = [name for name in records if (root / name).is_file()]
     return list(dict.fromkeys(["metrics/tables/cells.json", *tables, *results])), found

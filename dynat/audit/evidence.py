@@ -147,6 +147,8 @@ def replay(printed: Printed, run: str, steps: int) -> list[Link]:
     """
     setting, method, seed = run.split("/")
     trace, subject = f"models/{run}/trace.csv", f"replay {run}"
+    if method in printed.params.checkpoint:
+        return [absent("replay", subject, "weights trained elsewhere: no step of theirs can be repeated")]
     root = _needed(printed, trace, f"data/{setting}.safetensors")
     record = read_json(root, f"metrics/runs/train/{run}.json") or {}
     if (processes := record.get("processes", 1)) > 1:  # each had batch statistics of its own

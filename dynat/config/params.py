@@ -21,17 +21,11 @@ from dynat.config.fields import (
     describe,
     radius,
 )
+from dynat.config.network import Checkpoint, Hash, Network, Urls
 from dynat.config.recipe import Precision, Recipe, Train, rescale
 from dynat.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
-Layers = Annotated[Count, Field(le=1000)]
-OPTIONS = {
-    "resnet": {"blocks", "strides", "width"},
-    "preact_resnet": {"blocks", "strides", "width"},
-    "wrn": {"depth", "widen", "sub_block1"},
-    "cnn": {"width", "depth", "stem_stride"},
-}
 
 
 class DataSpec(Section):
@@ -42,8 +36,8 @@ class DataSpec(Section):
     archive: Annotated[str, Field(pattern=r"^[^./\\][^/\\]*$")] | None = None
     md5: Annotated[str, Field(pattern=r"^[0-9a-f]{32}$")] | None = None
     # of the archive; of a folder download.folder_hash; an image_folder must have it
-    sha256: Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")] | None = None
-    mirrors: list[Annotated[str, Field(pattern=r"^https?://\S+$")]] = []  # base URLs, in order
+    sha256: Hash | None = None
+    mirrors: Urls = []
     classes: Annotated[Count, Field(ge=2)]
     train: Count | None = None  # first n training images; null: all
     test: Count | None = None  # first n test images (digits: the size of the test split); null: all
@@ -68,26 +62,6 @@ class Extent(NamedTuple):
     shape: tuple[int, int, int]  # of an image: channels, height, width
     train: int  # images to train on
     test: int  # images
-
-
-class Network(Section):
-    """A network of ``dynat.networks.architectures.build``; options of another family are refused."""
-
-    name: Literal["resnet", "preact_resnet", "wrn", "cnn"]
-    blocks: list[Layers] | None = None
-    strides: list[Count] | None = None
-    width: Count | None = None
-    depth: Layers | None = None
-    widen: Count | None = None
-    sub_block1: bool | None = None
-    stem_stride: Count | None = None
-
-    @model_validator(mode="after")
-    def _own_options(self) -> "Network":
-        given, known = self.model_dump(exclude={"name"}, exclude_none=True), OPTIONS[self.name]
-        if other := min(given.keys() - known, default=None):
-            raise KeyedError(other, f"name={self.name} takes only {', '.join(sorted(known))}")
-        return self
 
 
 class Attack(Section):
@@ -189,10 +163,12 @@ class Params(Section):
     variants: list[Name]
     seeds: Annotated[list[Index], Field(min_length=1)]
     alpha: NonNegative | None = None
+    checkpoints: dict[Name, Name] = {}  # weights of ``checkpoint``, attacked in a setting
     launch: str = "python"
     save_minutes: NonNegative = 10.0  # of work that a kill may cost a training; 0: its last step
     study: Annotated[dict[Name, Study], Field(min_length=1)]
     recipes: Annotated[dict[Name, Recipe], Field(min_length=1)]
+    checkpoint: dict[Name, Checkpoint] = {}
 
     @model_validator(mode="after")
     def _every_setting_runs_every_recipe(self) -> "Params":
@@ -222,23 +198,42 @@ class Params(Section):
                     raise KeyedError(key, f"{name!r} is selected twice")
         if len(set(self.seeds)) < len(self.seeds):
             raise KeyedError("seeds", "one is selected twice")
-        if not methods:
-            raise KeyedError("baselines", "must name a method, since variants is empty too")
+        for name, setting in self.checkpoints.items():
+            check_known("checkpoints", name, self.checkpoint)
+            check_known(f"checkpoints.{name}", setting, self.study)
+            if setting not in self.settings:
+                raise KeyedError(
+                    "settings", f"must have {setting!r}, which checkpoints.{name} is attacked in"
+                )
+        if same := min({*self.checkpoint} & {*self.recipes}, default=None):
+            raise KeyedError(f"checkpoint.{same}", "is the name of a recipe too; choose another one")
+        if not methods and not self.checkpoints:
+            raise KeyedError("baselines", "must name a method, since variants and checkpoints are empty too")
         for name in self.variants:
             if not all(self.recipe(setting, name).needs_guide for setting in self.settings):
                 raise KeyedError("variants", f"{name!r} trains no guide; select it in baselines")
         return self
 
     def methods(self, setting: str) -> list[str]:
-        """The selected rows of ``setting``, in their order."""
-        return [*self.baselines, *self.variants]
+        """The selected rows of ``setting``, in their order: what is trained here, then what is not."""
+        elsewhere = [name for name, its in self.checkpoints.items() if its == setting]
+        return [*self.baselines, *self.variants, *elsewhere]
 
     @property
     def runs(self) -> list[tuple[str, str, int]]:
-        """Setting, method and training seed of everything selected, in their order."""
+        """Setting, method and training seed of everything selected, in their order; 0 of a checkpoint."""
         return [
-            (each, name, seed) for each in self.settings for name in self.methods(each) for seed in self.seeds
+            (setting, method, seed)
+            for setting in self.settings
+            for method in self.methods(setting)
+            for seed in ([0] if method in self.checkpoint else self.seeds)
         ]
+
+    @property
+    def published_weights(self) -> dict[str, str]:
+        """Selected checkpoint -> the row of the paper, such as "table1/TRADES", whose weights it is."""
+        rows = {name: self.checkpoint[name].row for name in self.checkpoints}
+        return {name: row for name, row in rows.items() if row}
 
     def recipe(self, setting: str, method: str) -> Recipe:
         """The recipe of ``method`` as ``setting`` runs it.

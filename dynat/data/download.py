@@ -9,6 +9,7 @@ import os
 import re
 from functools import partial
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from shutil import copyfileobj
 from urllib.parse import quote
@@ -17,6 +18,7 @@ from urllib.request import Request, urlopen
 from filelock import FileLock
 from tqdm import tqdm
 
+from dynat.config.network import Checkpoint
 from dynat.config.params import DataSpec
 from dynat.data.archives import opened
 from dynat.errors import UserError
@@ -68,11 +70,8 @@ def verify(spec: DataSpec, section: str) -> bool:
     if spec.archive is None:
         return True
     path = _local(spec.archive, kept(spec.archive))
-    if spec.source == "image_folder" and not spec.sha256:
-        there = (
-            f"sha256: {_hash(path, 'sha256')} is that of {path}" if path.exists() else f"{path} is not here"
-        )
-        raise UserError(f"{section}.sha256: needed, for other images are other results; {there}")
+    if spec.source == "image_folder":
+        _refuse_unnamed(path, spec.sha256, f"{section}.sha256", "images")
     if not path.exists():
         return False
     try:
@@ -80,6 +79,67 @@ def verify(spec: DataSpec, section: str) -> bool:
     except UserError as error:
         raise UserError(f"{section}.archive: {error}") from None
     return True
+
+
+def weights(spec: Checkpoint, section: str) -> Path:
+    """The file of ``spec``, verified, and downloaded if it has mirrors and is not at hand.
+
+    Raises ``UserError``, which names a key of ``section``, as :func:`verify_weights` and :func:`fetch` do.
+    """
+    destination = _destination(spec, section)
+    if spec.package and not destination.exists():
+        raise UserError(f"{section}.file: {spec.file!r} is not in {spec.package!r} as installed here")
+    verify_weights(spec, section)
+    try:
+        return fetch(spec.file, None, spec.sha256, spec.mirrors, destination)
+    except UserError as error:
+        raise UserError(f"{section}.file: {error}") from None
+
+
+def module_file(spec: Checkpoint) -> Path | None:
+    """The file of Python with the network of ``spec``; None if that is one of ours."""
+    return Path(os.environ.get("DVC_ROOT", ""), spec.module.partition(":")[0]) if spec.module else None
+
+
+def verify_weights(spec: Checkpoint, section: str) -> bool:
+    """Hold the file and the module of ``spec`` against their hashes; False if the file is not at hand.
+
+    Raises ``UserError``, which names a key of ``section``, if one differs or has no hash: other weights are
+    another lineage. The message has the value to write.
+    """
+    if code := module_file(spec):
+        if not code.is_file():
+            raise UserError(f"{section}.module: {code} is not here")
+        _refuse_unnamed(code, spec.module_sha256, f"{section}.module_sha256", "code")
+        if mismatch := _mismatch(code, {"sha256": spec.module_sha256 or ""}):
+            raise UserError(f"{section}.module_sha256: {code}: {mismatch}; write this one if it is meant")
+    path = _local(spec.file, _destination(spec, section))
+    _refuse_unnamed(path, spec.sha256, f"{section}.sha256", "weights")
+    if not path.exists():
+        return False
+    if mismatch := _mismatch(path, {"sha256": spec.sha256 or ""}):
+        raise UserError(f"{section}.file: {path}: {mismatch}; delete or replace it")
+    return True
+
+
+def _destination(spec: Checkpoint, section: str) -> Path:
+    """Where the file of ``spec`` is, or would be brought to."""
+    if spec.package is None:
+        return kept("checkpoints") / spec.file
+    found = find_spec(spec.package)
+    if found is None or not found.submodule_search_locations:
+        raise UserError(f"{section}.package: {spec.package!r} is not installed here")
+    return Path(found.submodule_search_locations[0], spec.file)
+
+
+def _refuse_unnamed(path: Path, sha256: str | None, key: str, what: str) -> None:
+    """Raise ``UserError`` without a hash, and with what to write, for other files are other results."""
+    if not sha256:
+        name = key.rpartition(".")[2]
+        there = (
+            f"{name}: {_hash(path, 'sha256')} is that of {path}" if path.exists() else f"{path} is not here"
+        )
+        raise UserError(f"{key}: needed, for other {what} are other results; {there}")
 
 
 def folder_hash(folder: Path) -> str:

@@ -54,7 +54,8 @@ def evaluate_selected(networks: TrainedNetworks, spec: AutoAttack, chunks: Chunk
         union |= {f"n{n}{suffix}": accuracy(robust[:n]) for n in run.n}
         warnings += [text + suffix for text in warned]
     precision = precision_of(spec.precision, networks.images.device)
-    header = {"best_epoch": epoch, "precision": precision, "warnings": warnings}
+    known = {"best_epoch": epoch} if epoch is not None else {}
+    header = {**known, "precision": precision, "warnings": warnings}
     return Evaluation({"best": found}, header, union)
 
 

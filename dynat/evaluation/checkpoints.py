@@ -21,9 +21,12 @@ def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks
     if (precision := precision_of(spec.precision, images.device)) != "fp32":
         header["precision"] = precision
     for checkpoint, name, attacks in CHECKPOINTS:
-        network, header[f"{checkpoint}_epoch"] = networks.load(name)
+        network, epoch = networks.load(name)
+        header |= {f"{checkpoint}_epoch": epoch} if epoch is not None else {}
         own = replace(chunks, prefix=f"{checkpoint} ")
         evidence[checkpoint] = evaluate(network, images, labels, spec, attacks, own)
+        if epoch is None:  # trained elsewhere: there is no other epoch
+            break
     if distributed.rank() > 0:
         return Evaluation(evidence, header)
 

@@ -20,7 +20,7 @@ from dynat.errors import UserError
 from dynat.evaluation.chunks import Chunks, StoppedError
 from dynat.evaluation.evidence import Evidence
 from dynat.evaluation.verdicts import Accuracy, accuracy, encode
-from dynat.networks.weights import load_network, save_weights, trained_in
+from dynat.networks.weights import load_network, save_weights, training_of
 from dynat.runtime import distributed, machine
 from dynat.runtime.closure import code_key
 from dynat.runtime.files import digest, sha256, write_json
@@ -43,8 +43,8 @@ class TrainedNetworks:
     labels: Tensor  # int64 [n]
     notes: tuple[str, ...] = ()  # what must stand beside every number from them
 
-    def load(self, name: str) -> tuple[nn.Module, int]:
-        """The network of ``<name>.safetensors`` in eval mode, and its epoch."""
+    def load(self, name: str) -> tuple[nn.Module, int | None]:
+        """The network of ``<name>.safetensors`` in eval mode, and its epoch if it was trained here."""
         return load_network(self.folder / f"{name}.safetensors", self.images.device)
 
 
@@ -154,7 +154,7 @@ def _evaluate_and_write(
         distributed.leave()
         tracker.begin(store.token)
         header = {"epsilon": spec.epsilon, "attack_seed": spec.seed, "model_sha256": sha, **evaluation.header}
-        header["trained_in"] = trained_in(weights)
+        header |= training_of(weights)
         header |= {"data_notes": networks.notes} if networks.notes else {}
         accuracies = write_evaluation(run, kind, header, evaluation)
         tracker.metrics(accuracies)

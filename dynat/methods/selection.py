@@ -4,7 +4,7 @@ import torch
 
 from dynat.config.fields import KeyedError
 from dynat.config.params import Params
-from dynat.data.download import verify
+from dynat.data.download import verify, verify_weights
 from dynat.data.sources import extent
 from dynat.errors import UserError
 from dynat.methods.setup import is_compiled, refuse_training
@@ -19,6 +19,8 @@ def refuse_setting(params: Params, setting: str) -> None:
     study, section = params.study[setting], f"study.{setting}"
     machine.refuse_unfit(f"{section}.machine", study.machine)
     verify(study.data, f"{section}.data")
+    for name in (each for each, its in params.checkpoints.items() if its == setting):
+        verify_weights(params.checkpoint[name], f"checkpoint.{name}")
     processes, known = distributed.launched(params.launch), extent(study.data, f"{section}.data")
     if known is not None:
         try:

@@ -1,7 +1,6 @@
 """A whole training: epochs, held-out selection, history, resume, the folder that it leaves."""
 
 import math
-import shutil
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from itertools import islice
@@ -21,7 +20,7 @@ from dynat.methods.step import Engine, StepLosses
 from dynat.networks.folded import Folded
 from dynat.networks.weights import save_weights
 from dynat.runtime import distributed
-from dynat.runtime.files import write_csv
+from dynat.runtime.files import replaced, write_csv
 
 PATIENCE = 10  # epochs at the least before a target that learns nothing is given up
 PATIENT_SHARE = 0.2  # of all epochs, if that is more
@@ -229,16 +228,13 @@ class Training:
     def write(self, folder: Path, options: Mapping[str, str]) -> None:
         """Write ``folder``, which is there whole or not at all, with each network's ``options`` for build."""
         progress = self.progress
-        partial = folder.with_name(f".{folder.name}.partial")
-        shutil.rmtree(partial, ignore_errors=True)
-        for name, network in self.networks.items():
-            for suffix, weights, epoch in (
-                ("", progress.best[name], progress.best_epoch),
-                (".last", network.state_dict(), progress.epoch - 1),
-            ):
-                metadata = {"network": options[name], "epoch": str(epoch), "precision": self.precision}
-                save_weights(partial / f"{name}{suffix}.safetensors", weights, metadata)
-        write_csv(partial / "history.csv", progress.history)
-        write_csv(partial / "trace.csv", progress.trace)
-        shutil.rmtree(folder, ignore_errors=True)
-        partial.rename(folder)
+        with replaced(folder) as partial:
+            for name, network in self.networks.items():
+                for suffix, weights, epoch in (
+                    ("", progress.best[name], progress.best_epoch),
+                    (".last", network.state_dict(), progress.epoch - 1),
+                ):
+                    metadata = {"network": options[name], "epoch": str(epoch), "precision": self.precision}
+                    save_weights(partial / f"{name}{suffix}.safetensors", weights, metadata)
+            write_csv(partial / "history.csv", progress.history)
+            write_csv(partial / "trace.csv", progress.trace)

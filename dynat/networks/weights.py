@@ -1,8 +1,12 @@
 """Weights and other tensors as safetensors files: the same bytes for the same content, never unpickled."""
 
 import json
+import sys
+from collections import OrderedDict
 from collections.abc import Mapping
+from importlib.util import module_from_spec, spec_from_file_location
 from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -10,8 +14,10 @@ from safetensors.torch import save
 from torch import Tensor, nn
 
 from dynat.errors import UserError
-from dynat.networks.architectures import build
+from dynat.networks.architectures import Normalize, build
 from dynat.runtime.files import write_atomically
+
+CODE, WITHIN = "network.py", "network"  # of a network that is none of ours: its file, and the submodule
 
 
 def save_weights(path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str]) -> None:
@@ -38,16 +44,16 @@ def load_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         raise UserError(f"{path}: not a sound safetensors file ({reason}); write it anew") from error
 
 
-def load_network(path: Path, device: torch.device) -> tuple[nn.Module, int]:
-    """The network of a weights file in eval mode, built from its metadata, and its epoch.
+def load_network(path: Path, device: torch.device) -> tuple[nn.Module, int | None]:
+    """The network of a weights file in eval mode, built from its metadata, and its epoch if that is known.
 
     Raises :class:`UserError` if file, metadata and weights do not fit together.
     """
     weights, metadata = load_weights(path)
     try:
-        network = build(**json.loads(metadata["network"]))
+        network = build_network(json.loads(metadata["network"]), path.parent)
         network.load_state_dict(weights, strict=True)
-        epoch = int(metadata["epoch"])
+        epoch = int(metadata["epoch"]) if "origin" not in metadata else None
     except (KeyError, TypeError, ValueError, RuntimeError) as error:
         reason = " ".join(str(error).split())[:200]
         raise UserError(f"{path}: not a network of this project: {reason}") from None
@@ -56,6 +62,36 @@ def load_network(path: Path, device: torch.device) -> tuple[nn.Module, int]:
     return network.to(device).to(memory_format=torch.channels_last).eval(), epoch
 
 
-def trained_in(path: Path) -> str:
-    """The precision in which the weights of a file were trained, "fp32" or "bf16"."""
-    return load_weights(path)[1].get("precision", "fp32")
+def build_network(spec: Mapping[str, Any], folder: Path) -> nn.Module:
+    """The network of ``spec``: one of ours, or a class of the code in ``folder``, which is run.
+
+    ``spec`` is what :func:`.architectures.build` takes; ``name`` may be ``file.py:Class``, which is called
+    without arguments, and whose weights stand below :data:`WITHIN`. Raises :class:`UserError`.
+    """
+    if ":" not in spec["name"]:
+        return build(**spec)
+    path, name = folder / CODE, str(spec["name"].partition(":")[2])
+    print(f"warning: {path} is code that came with these weights, and is run", file=sys.stderr)
+    try:
+        found = spec_from_file_location("dynat_checkpoint", path)
+        assert found is not None
+        assert found.loader is not None
+        module = module_from_spec(found)
+        found.loader.exec_module(module)
+        network = getattr(module, name)()
+    except Exception as error:
+        raise UserError(f"{path}: {name}() fails: {' '.join(repr(error).split())[:200]}") from error
+    if not isinstance(network, nn.Module):
+        raise UserError(f"{path}: {name}() is a {type(network).__name__}, not a torch.nn.Module")
+    normalised = (
+        [("normalize", Normalize(spec["mean"], spec["std"], spec["in_channels"]))] if "mean" in spec else []
+    )
+    return nn.Sequential(OrderedDict([*normalised, (WITHIN, network)]))
+
+
+def training_of(path: Path) -> dict[str, str]:
+    """What a weights file says of its training: its precision as ``trained_in``, or else its ``origin``."""
+    metadata = load_weights(path)[1]
+    if "origin" in metadata:
+        return {"origin": metadata["origin"]}
+    return {"trained_in": metadata.get("precision", "fp32")}

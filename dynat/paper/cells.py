@@ -100,19 +100,27 @@ def _cell(seed: str, column: str, measurements: list[Measured], of_all_seeds: bo
     return cell | cell["numbers"] | {"published": "", "difference": ""}
 
 
-def paper_cells(cells: pd.DataFrame) -> pd.DataFrame:
-    """A cell ``table1/DYNAT/aa`` for each number of the paper that has been reproduced."""
+def paper_cells(cells: pd.DataFrame, weights: Mapping[str, str]) -> pd.DataFrame:
+    """A cell ``table1/DYNAT/aa`` for each number of the paper that has been reproduced.
+
+    ``weights`` maps a checkpoint to the row whose published weights it is; a number of theirs, measured in
+    the row's setting, is ``table1/DYNAT/<checkpoint>/aa``.
+    """
     rows = cells[(cells["row"] != "") | (cells["column"] == IN_AA)].to_dict("records")
     ours = {(each["setting"], each["method"], each["column"]): each for each in rows}  # the mean comes last
     found = []
-    for key, paper in values().to_dict("index").items():
-        if cell := ours.get((paper["setting"], paper["recipe"], paper["counterpart"])):
-            own = {"cell": key} | dict.fromkeys(("table", "row"), f"table{paper['table']}")
-            if cell["column"] == IN_AA:  # to be told from the rest of the paper's column
-                moved = [each | {"column": paper["column"]} for each in cell["measurements"]]
-                cell = {**cell, "measurements": moved}
-            gap = difference(cell["accuracy"], paper["published"])
-            found.append(cell | own | {"published": paper["published"], "difference": gap})
+    for paper in values().to_dict("records"):
+        own_weights = [name for name, row in weights.items() if row == paper["row"]]
+        for method in (paper["recipe"], *own_weights):
+            if cell := ours.get((paper["setting"], method, paper["counterpart"])):
+                behind = f"{method}/" if method in own_weights else ""
+                own = {"cell": f"{paper['row']}/{behind}{paper['column']}"}
+                own |= dict.fromkeys(("table", "row"), f"table{paper['table']}")
+                if cell["column"] == IN_AA:  # to be told from the rest of the paper's column
+                    moved = [each | {"column": paper["column"]} for each in cell["measurements"]]
+                    cell = {**cell, "measurements": moved}
+                gap = difference(cell["accuracy"], paper["published"])
+                found.append(cell | own | {"published": paper["published"], "difference": gap})
     return pd.DataFrame(found, columns=FIELDS, dtype=object).set_index("cell", drop=False)
 
 

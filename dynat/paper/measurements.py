@@ -29,6 +29,7 @@ CAVEATS = {  # entries of the metrics -> a sentence that must stand beside their
     ("trained_in", "bf16"): "trained in bf16, the paper in fp32 or TF32",
     ("trained_in", "tf32"): "trained in TF32, as the published code where the GPU has it",
 }
+ELSEWHERE = "weights trained elsewhere"
 Texts = defaultdict[tuple[str, str], list[str]]  # by setting and method; nothing for what was not run
 
 
@@ -92,7 +93,8 @@ def read_results(params: Params, root: Path = Path()) -> Results:
             radii += [(*run, *point, sanity["n"]) for point in sanity.get("epsilon_curve", ())]
             broken = [check for check, each in sanity["checks"].items() if not each["passed"]]
             failed[run[:2]] += [f"sanity check failed: {check} (seed {run[2]})" for check in broken]
-            epochs[run[:2]] += [f"{attack['best_epoch']} / {attack['last_epoch']}"] if attack else []
+            known = "best_epoch" in attack  # not of weights trained elsewhere
+            epochs[run[:2]] += [f"{attack['best_epoch']} / {attack['last_epoch']}"] if known else []
         except (AttributeError, KeyError, TypeError, ValueError) as error:
             text = f"metrics of {name}: not as the stages write them ({error!r}); run dvc repro"
             raise UserError(text) from None
@@ -130,6 +132,7 @@ def _measure(
         raise UserError(f"{companion}: missing beside {file}; run dvc repro")
     caveats = [f"AutoAttack warned: {warning}" for warning in metrics.get("warnings", ())]
     caveats += metrics.get("data_notes", ())
+    caveats += [f"{ELSEWHERE}: {metrics['origin']}"] if "origin" in metrics else []
     caveats += [text for (key, value), text in CAVEATS.items() if metrics.get(key) == value]
     versions = [code.get(output, "") for output in (f"models/{run[0]}/{run[1]}/{run[2]}", file)]
     of_all = (tuple(caveats), *versions)
@@ -158,5 +161,5 @@ def _accuracies(kind: str, metrics: dict[str, Any]) -> list[tuple[str, str, str,
             found.append((column, "aa", name, "best", f"square{at}{radius}"))
         first = [(IN_AA, "best", "apgd-ce", "best", "apgd-ce")]
         return found + (first if "apgd-ce" in metrics["best"] else [])
-    prefixes = {"best": "", "last": "last-"}
+    prefixes = {"best": "", "last": "last-"} if "origin" not in metrics else {"best": ""}
     return [(prefixes[each] + name, each, name, each, name) for each in prefixes for name in metrics[each]]

@@ -11,7 +11,7 @@ import pandas as pd
 
 from dynat.config.params import Params
 from dynat.paper.cells import AVERAGED, LAST, NAMES, Measured, family, name
-from dynat.paper.measurements import Results
+from dynat.paper.measurements import ELSEWHERE, Results
 from dynat.paper.pairs import OVERFITTING, Compared, Judged, compare
 from dynat.paper.published import TITLES, values
 from dynat.paper.statistics import ALPHA, unpaired
@@ -35,6 +35,7 @@ OVERFITTING_IS = (
     " Robust overfitting: PGD-20 of the chosen epoch less that of the last, in points, with the 95 % "
     "interval of the paired difference. Verdicts under PGD on training images are not stored."
 )
+HERE, PUBLISHED_WEIGHTS = "trained here", "published weights, attacked here"
 NO_OVERFITTING = "not significant at 5 %, uncorrected"
 Usual = dict[str, dict[str, Any]]  # column -> the value of each of DEPARTURES that most of its numbers have
 
@@ -92,6 +93,8 @@ def setting_tables(
         label = Item(method, tuple(results.failed_checks[setting, method]))
         epochs = Item(", ".join(results.epochs[setting, method]))
         chosen.rows.append([label, *(items.get((method, column), Item()) for column in best)])
+        if method in params.checkpoint:  # which has one epoch
+            continue
         ends = [items.get((method, column), Item()) for column in LAST]
         last.rows.append([label, epochs, *ends, _overfitting(compared.judged, setting, method)])
     last.introduction += OVERFITTING_IS if any(row[-1].text for row in last.rows) else ""
@@ -123,17 +126,21 @@ def paper_table(number: int, params: Params, results: Results, cells: pd.DataFra
     """Table ``number``: under each row of the paper what was reproduced, empty where nothing was run."""
     paper, ours = values(), cells[cells["row"] == f"table{number}"]
     paper, usual = paper[paper["table"] == number], common(ours)
-    items = {key: _item(cell, usual, params.seeds) for key, cell in ours.to_dict("index").items()}
+    found = ours.to_dict("index")
+    items = {key: _item(cell, usual, params.seeds) for key, cell in found.items()}
     text = "Accuracy in percent: the paper's, and below it the reproduction in "
     text += " and ".join(paper["setting"].unique())
     text += ", 95 % Wilson interval." if len(params.seeds) == 1 else ", mean ± standard deviation over seeds."
     text += _conditions(usual, columns := list(paper["column"].unique()))
-    if len(missing := paper[~paper["row"].isin(paper.loc[ours.index, "row"])]):
+    trained = paper.index.intersection(ours.index)
+    if len(missing := paper[~paper["row"].isin(paper.loc[trained, "row"])]):
         which = f"of {', '.join(missing['method'].unique())}" if items else "of its rows"
         text += f" Nothing {which} is both selected and run; `{command(missing)}` runs them."
     table = Table(TITLES[number], text, ["Method", "", *_headings(columns, usual)])
-    images = paper["images"].to_dict()
-    gaps = {key: _gap(cell, images[key]) for key, cell in ours.to_dict("index").items()}
+
+    def gap(key: str, n: int) -> Item:
+        return _gap(found[key], n) if key in found else Item()
+
     for _, group in groupby(paper.to_dict("index").items(), key=lambda each: each[1]["row"]):
         row = dict(group)
         first, doubts = next(iter(row.values())), [each["doubts"] for each in row.values()]
@@ -142,10 +149,17 @@ def paper_table(number: int, params: Params, results: Results, cells: pd.DataFra
         theirs = map(Item, (each["published"] for each in row.values()), own)
         label = f"{first['method']} ({first['target']})" if number == 3 else first["method"]
         table.rows.append([Item(label, of_all), Item("paper"), *theirs])
-        sanity = tuple(results.failed_checks[first["setting"], first["recipe"]])
-        table.rows.append([Item(), Item("here", sanity), *(items.get(key, Item()) for key in row)])
-        if row.keys() & items.keys():
-            table.rows.append([Item(), Item("difference"), *(gaps.get(key, Item()) for key in row)])
+        sources = {name: f"{name}/" for name, of in params.published_weights.items() if of == first["row"]}
+        for method, behind in (sources | {first["recipe"]: ""}).items():
+            notes = [f"checkpoint {method}"] * bool(behind)
+            notes += results.failed_checks[first["setting"], method]
+            label = Item(PUBLISHED_WEIGHTS if behind else HERE, tuple(notes))
+            keys = {f"{first['row']}/{behind}{each['column']}": each["images"] for each in row.values()}
+            gaps = [Item("difference"), *(gap(key, n) for key, n in keys.items())]
+            ran = bool(keys.keys() & items.keys())
+            if ran or not behind:
+                table.rows.append([Item(), label, *(items.get(key, Item()) for key in keys)])
+            table.rows += [[Item(), *gaps]] * ran
     return table
 
 
@@ -184,7 +198,7 @@ def _item(cell: Measured, usual: Usual, seeds: list[int]) -> Item:
         apart = [key for key in DEPARTURES if each[key] not in ("", usual[each["column"]][key])]
         notes += [part + DEPARTURES[key].format_map(each) for key in apart] + list(each["caveats"])
     run = dict.fromkeys(str(each["seed"]) for each in cell["measurements"])
-    if len(run) < len(seeds):
+    if len(run) < len(seeds) and not any(text.startswith(ELSEWHERE) for text in cell["caveats"]):
         notes.append(f"training seed {', '.join(run)} only; the others have not been run")
     return Item(cell["text"], tuple(dict.fromkeys(notes)), cell["cell"])
 

@@ -1,6 +1,7 @@
 """Every file of the tabulate stage as text: tables, ``cells.json``, series of the plots. No torch here."""
 
 import json
+from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import product
 from pathlib import Path
@@ -14,11 +15,22 @@ from dynat.paper.claims import Decision, claim_tables, decisions
 from dynat.paper.matrices import SUMMARY, pair_tables
 from dynat.paper.measurements import CURVES, RUN, Results, read_results
 from dynat.paper.pairs import FIELDS, Compared, compared
-from dynat.paper.tables import COLUMNS, Table, markdown, paper_table, setting_tables
+from dynat.paper.tables import COLUMNS, HERE, Table, markdown, paper_table, setting_tables
 
 NUMBER = [*NUMBERS, "epsilon", "attack_seed", "caveats"]
 SETTING = ["method", "checkpoint", "attack", "seed", *NUMBER, "cell"]
-PAPER = ["target", "method", "attack", "published", "doubtful", *NUMBER, "difference", "notes", "cell"]
+PAPER = [
+    "target",
+    "method",
+    "attack",
+    "published",
+    "doubtful",
+    "weights",
+    *NUMBER,
+    "difference",
+    "notes",
+    "cell",
+]
 
 
 @dataclass(frozen=True)
@@ -40,7 +52,7 @@ def tabulate(params: Params, root: Path = Path()) -> Tabulation:
     """
     results = read_results(params, root)
     cells = setting_cells(results.measurements)
-    cells = pd.concat([cells, paper_cells(cells)])
+    cells = pd.concat([cells, paper_cells(cells, params.published_weights)])
     pairs = compared(results.measurements)
     decided = decisions(params.settings, pairs.judged)
     tables = {s: setting_tables(s, params, results, cells, pairs) for s in params.settings}
@@ -55,7 +67,8 @@ def text_files(found: Tabulation) -> dict[str, str]:
     for setting in found.params.settings:
         files[f"{TABLES}/{setting}.csv"] = csv_text(setting_rows(setting, found), SETTING)
     paper = published.values().rename(columns={"column": "attack"})
-    paper = paper.join(found.cells[[*NUMBER, "difference", "cell"]])  # nothing where nothing was run
+    trained = paper.join(found.cells[[*NUMBER, "difference", "cell"]])  # nothing where nothing was run
+    paper = pd.concat([trained.assign(weights=HERE), *_of_published_weights(found, paper)])
     for number, rows in paper.groupby("table"):
         files[f"{TABLES}/table{number}.csv"] = csv_text(rows, PAPER)
     files[f"{TABLES}/pairs.csv"] = csv_text(found.compared.pairs, FIELDS)
@@ -72,6 +85,15 @@ def text_files(found: Tabulation) -> dict[str, str]:
     if len(found.results.radii):
         files[f"{PLOTS}/epsilon.csv"] = csv_text(found.results.radii, [*RUN, "epsilon", "accuracy"])
     return files
+
+
+def _of_published_weights(found: Tabulation, paper: pd.DataFrame) -> Iterator[pd.DataFrame]:
+    """The published values of a row again, for each checkpoint of its weights."""
+    for name, row in found.params.published_weights.items():
+        own = paper[paper["row"] == row]
+        cells = found.cells[[*NUMBER, "difference", "cell"]].reindex(f"{row}/{name}/" + own["attack"])
+        if cells["cell"].notna().any():
+            yield own.join(cells.set_axis(own.index)).assign(weights=name)
 
 
 def setting_rows(setting: str, found: Tabulation) -> pd.DataFrame:

@@ -24,6 +24,7 @@ FORMATS = {
     "torch.export": "torch_export",
     "mlflow": "mlflow_registry",
 }
+OF_OURS = ("huggingface", "mlflow")  # what says how the weights were trained
 INSTALL = "install it with uv sync --extra publish"
 
 
@@ -40,6 +41,9 @@ def publish(arguments: list[str] | None = None) -> None:
     except ModuleNotFoundError as error:
         raise UserError(f"--as {options.format} needs the package {error.name}; {INSTALL}") from None
     release = audited(Path(), options.run)
+    if release.method in release.params.checkpoint and options.format in OF_OURS:
+        text = f"{options.run}: trained elsewhere, so there is no recipe, licence or MLflow run of ours to"
+        raise UserError(f"{text} publish --as {options.format}; robustbench, onnx and torch.export need none")
     with explained(folder), tempfile.TemporaryDirectory(dir=folder.absolute().parent, prefix=".") as scratch:
         made = Path(scratch) / "made"
         made.mkdir()

@@ -158,7 +158,8 @@ def write_lineage(release: Release, folder: Path) -> None:
             "weights": {
                 "file": release.weights.relative_to(release.root).as_posix(),
                 "sha256": sha256(release.weights),
-                "epoch": int(metadata["epoch"]),
+                "epoch": int(metadata["epoch"]) if "epoch" in metadata else None,
+                "origin": metadata.get("origin", "trained here"),
             },
             "mlflow_run_id": release.record().get("mlflow_run_id"),
             "audit": as_data(release.cells, release.found),

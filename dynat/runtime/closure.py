@@ -17,7 +17,7 @@ from typing import Any
 
 import grimp
 
-STAGES = ("prepare", "train", "attack", "autoattack", "tabulate")
+STAGES = ("prepare", "import", "train", "attack", "autoattack", "tabulate")
 PACKAGES = ("dynat", "stages")
 # No byte of an output depends on these: a test swaps each for a stub and finds the same outputs.
 EXCLUDED = ("dynat.runtime.tracking", "dynat.runtime.record", "dynat.runtime.progress")

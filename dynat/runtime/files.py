@@ -10,6 +10,7 @@ import io
 import json
 import math
 import os
+import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -118,6 +119,18 @@ def atomic(path: Path) -> Iterator[io.BufferedRandom]:
         with suppress(OSError):  # some network file systems cannot sync a folder
             os.fsync(folder)
         os.close(folder)
+
+
+@contextmanager
+def replaced(folder: Path) -> Iterator[Path]:
+    """An empty folder to fill that takes the place of ``folder`` when the block ends, if nothing failed."""
+    partial = folder.with_name(f".{folder.name}.partial")
+    shutil.rmtree(partial, ignore_errors=True)
+    with explained(partial):
+        partial.mkdir(parents=True)
+        yield partial
+        shutil.rmtree(folder, ignore_errors=True)
+        partial.rename(folder)
 
 
 @contextmanager

@@ -80,6 +80,6 @@ def run_of_arguments(description: str) -> Run:
     params = load()
     if arguments.setting not in params.study:
         raise UserError(f"setting {arguments.setting!r} is not in params.yaml's study")
-    if arguments.method not in params.recipes:
-        raise UserError(f"method {arguments.method!r} is not in params.yaml's recipes")
+    if arguments.method not in {*params.recipes, *params.checkpoint}:
+        raise UserError(f"method {arguments.method!r} is not in params.yaml's recipes, nor in checkpoint")
     return Run(arguments.setting, arguments.method, arguments.seed, params)
