@@ -1,5 +1,6 @@
 """What the pages say can be done is done: their commands and snippets run, their links lead somewhere."""
 
+import doctest
 import json
 import os
 import re
@@ -138,6 +139,12 @@ def shrink(file: Path) -> None:
     if "shapes" in study:
         for key, values in SHORT.items():
             merge(file, f"study.shapes.{key}", values)
+
+
+def test_the_example_of_attacking_a_network_from_python_prints_what_the_page_says() -> None:
+    found = doctest.testfile(str(ROOT / "docs/checkpoints.md"), module_relative=False)
+    assert found.attempted > 10
+    assert found.failed == 0
 
 
 # --------------------------------------------------------------------- what pages say of the repository
