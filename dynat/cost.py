@@ -98,13 +98,16 @@ def table_of(setting: str, found: Tabulation, records: pd.DataFrame) -> Table:
     table = Table(setting, text, [*HEAD[:-1], *(chosen.head[i] for i in places), HEAD[-1]])
     for row in chosen.rows:
         own = ours[ours["method"] == row[0].text]
+        known: tuple[str, ...] = STAGES
+        if row[0].text in found.params.checkpoint:  # trained elsewhere
+            known = EVALUATION
         costs = [
             str(own["seed"].nunique()),
             _mean(own, "hours", TRAINING),
             _mean(own, "device_hours", TRAINING),
             _mean(own, "device_hours", EVALUATION),
-            _peak(own),
-            _mean(own.assign(kwh=own["joules"] / 3.6e6), "kwh", STAGES),
+            _peak(own, known),
+            _mean(own.assign(kwh=own["joules"] / 3.6e6), "kwh", known),
         ]
         accuracies = [replace(row[i], text=row[i].text or NONE, key=None) for i in places]
         table.rows.append([row[0], *map(Item, costs), *accuracies, Item(_hardware(own))])
@@ -166,12 +169,12 @@ def _mean(records: pd.DataFrame, column: str, stages: tuple[str, ...]) -> str:
     return f"{'≥ ' if least else ''}{sums.mean():.4f}"
 
 
-def _peak(records: pd.DataFrame) -> str:
+def _peak(records: pd.DataFrame, stages: tuple[str, ...]) -> str:
     """The largest peak of all records in GiB, with ≥ where part of it is not known."""
     own = records[records["bytes"].notna()]
     if own.empty:
         return NONE
-    least = len(own) < records["seed"].nunique() * len(STAGES) or own["resumed"].any()
+    least = len(own) < records["seed"].nunique() * len(stages) or own["resumed"].any()
     return f"{'≥ ' if least else ''}{own['bytes'].max() / 2**30:.2f}"
 
 

@@ -134,7 +134,8 @@ def _measure(
     caveats += metrics.get("data_notes", ())
     caveats += [f"{ELSEWHERE}: {metrics['origin']}"] if "origin" in metrics else []
     caveats += [text for (key, value), text in CAVEATS.items() if metrics.get(key) == value]
-    versions = [code.get(output, "") for output in (f"models/{run[0]}/{run[1]}/{run[2]}", file)]
+    trained = "" if "origin" in metrics else f"models/{run[0]}/{run[1]}/{run[2]}"
+    versions = [code.get(output, "") for output in (trained, file)]
     of_all = (tuple(caveats), *versions)
     for column, block, name, checkpoint, attack in _accuracies(kind, metrics):
         epsilon = attack.partition(" at ")[2].replace("-", "/") or radius(metrics["epsilon"])

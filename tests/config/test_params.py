@@ -106,6 +106,15 @@ recipes.dynat.inner.stop={threshold: [1]} | recipes.dynat.inner.stop.threshold: 
 recipes.dynat.awp={gama: 1} | recipes.dynat.awp.gama: unknown 'gama'; did you mean 'gamma'?
 recipes.dynat.schedule.drops={x: 1} | recipes.dynat.schedule.drops.x: must be a number such
 recipes.dynat.per_study.digit={} | recipes.dynat.per_study: unknown 'digit'; did you mean 'digits'?
+checkpoints={theirs: digits} | : unknown 'theirs'; did you mean pyautoattack_resnet18?
+checkpoints={pyautoattack_resnet18: digit} | checkpoints.pyautoattack_resnet18: unknown 'digit'; did you mean 'digits'?
+checkpoint.pyautoattack_resnet18.network=null | : give one of ours, or else a module of your own
+checkpoint.pyautoattack_resnet18.module=a.py:N | checkpoint.pyautoattack_resnet18.network: give one of ours
+checkpoint.pyautoattack_resnet18.package=null | checkpoint.pyautoattack_resnet18.file: a name without folders
+checkpoint.pyautoattack_resnet18.file=../w.pt | : String should match pattern
+checkpoint.pyautoattack_resnet18.mean=[0.5] | checkpoint.pyautoattack_resnet18.std: give mean and std together
+checkpoint.pyautoattack_resnet18.sha256=abc | : String should match pattern
+checkpoint.pgd_at={file: w, origin: x, network: {name: wrn}} | : is the name of a recipe too; choose another
 recipes.dynat.per_study.digits.inner.los=1 | : unknown 'los'; did you mean 'loss'?
 """.strip().splitlines()
 
@@ -122,6 +131,13 @@ def test_a_wrong_value_is_refused_in_one_line_that_names_the_key(case: str) -> N
 def test_a_variant_without_a_guide_is_refused() -> None:
     swapped = {**changed("variants", ["pgd_at"]), "baselines": ["dynat"]}
     assert refusal(swapped) == "variants: 'pgd_at' trains no guide; select it in baselines"
+
+
+def test_a_checkpoint_in_a_setting_that_is_not_selected_is_refused() -> None:
+    message = refusal(changed("checkpoints", {"pyautoattack_resnet18": "cifar10_tiny"}, TREE))
+    assert message.startswith(
+        "settings: must have 'cifar10_tiny', which checkpoints.pyautoattack_resnet18 is"
+    )
 
 
 def test_an_empty_selection_is_refused_before_it_empties_the_tables() -> None:

@@ -17,6 +17,8 @@ from synthetic import (
     write,
 )
 
+from dynat.config.params import parse
+
 
 def paper_rows(markdown: str) -> list[list[str]]:
     """The rows of a paper table, without marks."""
@@ -30,7 +32,7 @@ def test_paper_table_keeps_every_row_and_shows_what_was_reproduced(tmp_path: Pat
     found = files(params(["trades"], ["dynat"], settings=(setting,)), tmp_path)
     table = paper_rows(found["metrics/tables/table1.md"])
     assert [row[0] for row in table if row[1] == "paper"][:3] == ["PGD-AT", "TRADES", "MART"]
-    assert sum(row[1] == "paper" for row in table) == sum(row[1] == "here" for row in table) == 11
+    assert sum(row[1] == "paper" for row in table) == sum(row[1] == "trained here" for row in table) == 11
     first = next(i for i, row in enumerate(table) if row[0] == "DYNAT")
     assert table[first] == ["DYNAT", "paper", "89.16", "52.88", "51.78", "51.49", "50.88", "49.20", "51.25"]
     assert [text.split(" ")[0] for text in table[first + 1][2:]] == [
@@ -53,11 +55,45 @@ def test_paper_table_keeps_every_row_and_shows_what_was_reproduced(tmp_path: Pat
         "+21.05",
     ]
     trades = next(i for i, row in enumerate(table) if row[0] == "TRADES")
-    assert table[trades + 1][1:] == ["here", "", "", "", "", "", "", ""]
+    assert table[trades + 1][1:] == ["trained here", "", "", "", "", "", "", ""]
     assert table[trades + 2][0] == "MART"
     cell = json.loads(found["metrics/tables/cells.json"])["table1/DYNAT/aa"]
     assert (cell["published"], cell["difference"], cell["text"][:5]) == ("49.20", "+18.30", "67.50")
     assert recount(tmp_path, cell["sources"][0]) == (0, 67.5)
+
+
+def test_published_weights_stand_between_the_published_value_and_what_was_trained_here(
+    tmp_path: Path,
+) -> None:
+    setting, header = "cifar10_wrn34_10", {"origin": "released with TRADES"}
+    write(tmp_path, "dynat", COUNTS, setting=setting, aa={40: 27})
+    write(tmp_path, "released", {**COUNTS, "clean": 85}, setting=setting, attack=header)
+    given = {"file": "w.pt", "origin": "x", "network": {"name": "wrn"}, "row": "table1/TRADES"}
+    selection = params(["trades"], ["dynat"], seeds=(1, 2), settings=(setting,)).model_dump()
+    selection |= {"checkpoint": {"released": given}, "checkpoints": {"released": setting}}
+    found = files(parse(selection), tmp_path)
+    text = found["metrics/tables/table1.md"]
+    table = paper_rows(text)
+    trades = next(i for i, row in enumerate(table) if row[0] == "TRADES")
+    labels = ["paper", "published weights, attacked here", "difference", "trained here"]
+    assert [row[1] for row in table[trades : trades + 4]] == labels
+    assert [row[2].split(" ")[0] for row in table[trades : trades + 4]] == ["85.72", "85.00", "-0.72", ""]
+    assert table[trades + 4][0] == "MART"
+    mark = raised(text, "weights trained elsewhere: released with TRADES")
+    (line,) = (line for line in text.splitlines() if "published weights, attacked here" in line)
+    assert mark in line.split("|")[3]
+    assert "the others have not been run" not in line
+    assert raised(text, "checkpoint released") in line.split("|")[2]
+    cell = json.loads(found["metrics/tables/cells.json"])["table1/TRADES/released/clean"]
+    assert (cell["published"], cell["difference"]) == ("85.72", "-0.72")
+    assert recount(tmp_path, cell["sources"][0]) == (0, 85.0)
+    rows = records(found["metrics/tables/table1.csv"])
+    (own,) = (row for row in rows if row["weights"] == "released" and row["attack"] == "clean")
+    assert (own["method"], own["accuracy"], own["cell"]) == (
+        "TRADES",
+        "85.00",
+        "table1/TRADES/released/clean",
+    )
 
 
 def test_doubtful_published_values_carry_their_reason(tmp_path: Path) -> None:

@@ -63,6 +63,7 @@ def test_the_same_weights_from_elsewhere_get_the_same_verdicts_and_an_audited_ro
     chosen, last = table.split("digits, last epoch")
     assert re.search(r"^\| theirs ", chosen, re.MULTILINE)
     assert "weights trained elsewhere: a test" in chosen
+    assert "other code" not in chosen
     assert "theirs" not in last
     commit(repository, "theirs")
     assert audit(["--all"]) == 0
