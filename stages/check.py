@@ -23,6 +23,10 @@ def stage() -> None:
         raise UserError(f"params.yaml: launch: {program!r} is not a program on this machine")
     for setting in params.settings:
         refuse_setting(params, setting)
+    if params.published_weights:
+        from dynat.paper.published import refuse_rows  # pandas takes a while
+
+        refuse_rows(params.published_weights)
     for name, closure in closures().items():
         write_atomically(closure_file(name), as_text(closure).encode())
     write_atomically(Path("data/params.checked"), b"params.yaml is sound\n")

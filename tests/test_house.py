@@ -12,18 +12,18 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "pyproject.toml"
 LINES = {  # of *.py at most; a number here goes up only with what a user gets for it
-    "stages": 260,
+    "stages": 315,
     "dynat/audit": 1245,
     "dynat/fleet": 1530,
-    "dynat/accept": 510,
-    "dynat/publish": 710,
-    "dynat/paper": 1560,
+    "dynat/accept": 515,
+    "dynat/publish": 715,
+    "dynat/paper": 1620,
     "dynat/evaluation": 1010,
     "dynat/methods": 1135,
-    "dynat/networks": 500,
-    "dynat/data": 600,
-    "dynat/runtime": 1345,
-    "dynat/config": 680,
+    "dynat/networks": 745,
+    "dynat/data": 655,
+    "dynat/runtime": 1360,
+    "dynat/config": 750,
     "dynat/cost.py": 190,
     "dynat/errors.py": 10,
 }
@@ -63,7 +63,7 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 11230
+    assert sum(sizes.values()) <= 11710
     assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 3910
 
 

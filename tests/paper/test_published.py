@@ -6,7 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from dynat.paper.published import values
+from dynat.errors import UserError
+from dynat.paper.published import refuse_rows, values
 
 SHARED = Path(__file__).parents[3] / "shared" / "published.csv"
 
@@ -104,3 +105,9 @@ def test_values_are_those_of_the_shared_transcription() -> None:
         ]
     found = values()[["table", "method", "column", "published"]]
     assert list(found.itertuples(index=False, name=None)) == expected
+
+
+def test_weights_of_a_row_that_no_table_has_are_refused_with_the_closest() -> None:
+    refuse_rows({"theirs": "table1/TRADES", "ours": "table3/WRN-34-10/GAIRAT"})
+    with pytest.raises(UserError, match=r"^params\.yaml: checkpoint\.theirs\.row: unknown 'table1/TRADE'; "):
+        refuse_rows({"theirs": "table1/TRADE"})

@@ -5,10 +5,14 @@ says which of them make a value doubtful, and of how many images it then is. ``c
 says of those values, ``slips.csv`` where it contradicts itself or its code.
 """
 
+from collections.abc import Mapping
 from functools import cache
 from importlib.resources import files
 
 import pandas as pd
+
+from dynat.config.fields import KeyedError, check_known
+from dynat.errors import UserError
 
 TITLES = {
     1: "Table 1: CIFAR-10, target WRN-34-10",
@@ -47,6 +51,16 @@ def values() -> pd.DataFrame:
     target = (found["target"] + "/").where(found["table"] == "3", "")
     found["row"] = "table" + found["table"] + "/" + target + found["method"]
     return found.astype({"table": int}).set_index(found["row"] + "/" + found["column"])
+
+
+def refuse_rows(weights: Mapping[str, str]) -> None:
+    """Raise :class:`UserError` if a checkpoint of ``weights`` names a row that no table of the paper has."""
+    rows = {*values()["row"]}
+    for name, row in weights.items():
+        try:
+            check_known(f"checkpoint.{name}.row", row, rows)
+        except KeyedError as error:
+            raise UserError(f"params.yaml: {error}") from None
 
 
 @cache
