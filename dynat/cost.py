@@ -62,7 +62,7 @@ def read_records(params: Params, root: Path) -> pd.DataFrame:
     record.
     """
     rows = []
-    for *run, stage in product(params.settings, (*params.baselines, *params.variants), params.seeds, STAGES):
+    for *run, stage in product(params.settings, params.methods, params.seeds, STAGES):
         name = "/".join(map(str, run))
         file = f"{FOLDER}/{stage}/{name}.json"
         try:
@@ -148,7 +148,7 @@ def _missing(setting: str, params: Params, records: pd.DataFrame) -> list[str]:
     """What has no record: a run, such as ``dynat/0``, or some stages of it."""
     known = {*records[["method", "seed", "stage"]].itertuples(index=False, name=None)}
     missing = []
-    for run in product((*params.baselines, *params.variants), params.seeds):
+    for run in product(params.methods, params.seeds):
         stages = [stage for stage in STAGES if (*run, stage) not in known]
         which = f"{' and '.join(stages)} of " if len(stages) < len(STAGES) else ""
         missing += [f"{which}{run[0]}/{run[1]}"] if stages else []

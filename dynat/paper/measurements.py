@@ -83,7 +83,7 @@ def read_results(params: Params, root: Path = Path()) -> Results:
     }
     measured, radii, histories = list[Measurement](), [], []
     epochs, failed = Texts(list), Texts(list)
-    for run in product(params.settings, (*params.baselines, *params.variants), params.seeds):
+    for run in product(params.settings, params.methods, params.seeds):
         name = "/".join(map(str, run))
         try:
             metrics = _metrics(root, name)

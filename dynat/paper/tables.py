@@ -88,7 +88,7 @@ def setting_tables(
     chosen = Table(setting, text, ["Method", *_headings(best, usual)])
     head = ["Method", "Epoch (chosen / last)", *_headings(LAST, usual), "Robust overfitting"]
     last = Table(f"{setting}, last epoch", other, head)
-    for method in [*params.baselines, *params.variants]:
+    for method in params.methods:
         label = Item(method, tuple(results.failed_checks[setting, method]))
         epochs = Item(", ".join(results.epochs[setting, method]))
         chosen.rows.append([label, *(items.get((method, column), Item()) for column in best)])

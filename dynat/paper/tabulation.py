@@ -77,7 +77,7 @@ def text_files(found: Tabulation) -> dict[str, str]:
 def setting_rows(setting: str, found: Tabulation) -> pd.DataFrame:
     """A row per method, checkpoint, attack and seed ("mean" after several); no accuracy if not run."""
     ours, names = found.cells[found.cells["table"] == setting], ["method", "checkpoint", "attack"]
-    methods = [*found.params.baselines, *found.params.variants]
+    methods = found.params.methods
     wanted = pd.DataFrame(product(methods, ["best"], COLUMNS), columns=names)
     rows = pd.concat([wanted, ours[names]]).drop_duplicates().merge(ours, how="left")
     return rows.sort_values("method", key=lambda column: column.map(methods.index), kind="stable")
