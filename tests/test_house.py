@@ -19,11 +19,11 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "dynat/publish": 710,
     "dynat/paper": 1560,
     "dynat/evaluation": 1010,
-    "dynat/methods": 1135,
+    "dynat/methods": 1345,
     "dynat/networks": 500,
     "dynat/data": 600,
-    "dynat/runtime": 1345,
-    "dynat/config": 680,
+    "dynat/runtime": 1360,
+    "dynat/config": 830,
     "dynat/cost.py": 190,
     "dynat/errors.py": 10,
 }
@@ -63,8 +63,8 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 11230
-    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 3910
+    assert sum(sizes.values()) <= 11560
+    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4265
 
 
 def test_no_module_is_longer_than_330_lines_and_no_function_than_50() -> None:
