@@ -131,7 +131,7 @@ def whole(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Repo]:
     distilled = {name for name, recipe in recipes if recipe.frozen_guide}
     params["settings"], params["seeds"] = list(params["study"]), [0, 1]
     params["variants"] = sorted(family)
-    params["distilled"], params["guides"] = sorted(distilled), ["trades", "dynat"]
+    params["distilled"], params["guides"] = sorted(distilled), ["dynat"]
     params["baselines"] = sorted(params["recipes"].keys() - family - distilled)
     dump_yaml(folder / "params.yaml", params)
     (folder / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
