@@ -213,19 +213,29 @@ def multiply_adds(model: nn.Module, input_shape: tuple[int, int, int]) -> int:
 def work_per_image(engine: Engine, shape: tuple[int, int, int]) -> int:
     """Multiply-adds that the method needs for one image [C, H, W] in the engine's epoch.
 
-    1 forward of the guide and 2 for its backward; per inner step 1 forward and 1 backward to the input; per
-    outer forward that the loss reads 1 and 2 for its backward; 1 for a forward that only moves batch-norm
-    statistics; the natural prediction of a KL attack once.
+    1 forward of the guide and 2 for its backward, unless it is frozen; per inner step 1 forward and 1
+    backward to the input; per outer forward that the loss reads 1 and 2 for its backward; 1 for a forward
+    that only moves batch-norm statistics; the natural prediction of a KL attack once.
     """
     recipe = engine.recipe
     forwards = 2 * recipe.inner.steps + (recipe.inner.loss == "kl")
-    forwards += recipe.inner.mode == "train" and recipe.inner.steps > 0  # the published loss check
-    learning = recipe.outer.reads_natural + recipe.outer.reads_adversarial
+    forwards += recipe.inner.mode == "train" and recipe.inner.steps > 0 and recipe.inner.loss_check
+    learning = sum(recipe.outer.reads.values())
     forwards += 3 * learning + (len(engine.order) - learning) + engine.forwards_after
     if recipe.awp is not None and engine.epoch >= recipe.awp.begin:
         forwards += 3 * (recipe.awp.objective.reads_natural + recipe.awp.objective.reads_adversarial)
     total = forwards * multiply_adds(engine.target, shape)
-    return total if engine.guide is None else total + 3 * multiply_adds(engine.guide, shape)
+    return (
+        total if engine.guide is None else total + guide_passes(recipe) * multiply_adds(engine.guide, shape)
+    )
+
+
+def guide_passes(recipe: Recipe) -> int:
+    """Forwards of the guide for one image, a backward to its input counting 1, one to its weights 2."""
+    if not recipe.frozen_guide:
+        return 3
+    attacked = {"kl_guide_moving": 2 * recipe.inner.steps, "kl_guide_linear": 2}.get(recipe.inner.loss, 0)
+    return 1 + recipe.reads_guide_at_adversarial + (recipe.outer.soft.gradient > 0) + attacked
 
 
 def networks(

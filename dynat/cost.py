@@ -93,6 +93,8 @@ def table_of(setting: str, found: Tabulation, records: pd.DataFrame) -> Table:
     text = f"Accuracies are those of `metrics/tables/{setting}.md`, in percent."
     if ours["device"].nunique() > 1:
         text += " These runs were made on different devices: their hours do not compare."
+    if found.params.distilled:
+        text += " Training leaves out that of the frozen guide which a method learns from."
     if missing := _missing(setting, found.params, ours):
         text += f" No record of these weights: {', '.join(missing)}."
     table = Table(setting, text, [*HEAD[:-1], *(chosen.head[i] for i in places), HEAD[-1]])

@@ -154,15 +154,22 @@ def natural(run: Published, batch: Batch) -> tuple[Tensor, Tensor]:
     return of_target, NONE
 
 
-def lbgat(beta: float, awp: bool = False) -> Step:
-    """LBGAT; ``awp`` perturbs its weights by the cross entropy to the guide's label (no published code)."""
+def lbgat(beta: float, awp: str = "") -> Step:
+    """LBGAT; ``awp`` perturbs its weights, for which there is no published code.
+
+    By the cross entropy to the guide's "label", or from epoch 9 by TRADES-AWP's objective ("trades").
+    """
 
     def step(run: Published, batch: Batch) -> tuple[Tensor, Tensor]:
         t, g, x, y = run.t.eval(), run.g.train(), batch.images, batch.truth
         x_adv = climb(t, lambda z: kl(t(x), z), x, near(batch), 0.031, 0.007)
         t.train()
         z_g = g(x)
-        v = proxy_perturbation(t, lambda w: ce(w(x_adv), z_g.argmax(1)).mean(), 0.005) if awp else {}
+        v = {}
+        if awp == "label":
+            v = proxy_perturbation(t, lambda w: ce(w(x_adv), z_g.argmax(1)).mean(), 0.005)
+        elif awp == "trades" and run.epoch >= 9:
+            v = proxy_perturbation(t, lambda w: ce(w(x), y).mean() + 6 * kl(w(x), w(x_adv)).mean(), 0.005)
         add_to_weights(t, v, +1)
         z_adv, z = t(x_adv), t(x)
         of_target = ((z_adv - z_g) ** 2).sum() / z_g.numel() + beta * kl(z, z_adv).mean()

@@ -6,6 +6,15 @@ from typing import Any
 import torch
 import yaml
 from helpers import Tiny, random_images, random_labels, stream
+from published_distillation import (
+    adaad,
+    ard,
+    dynat_robust_guide,
+    iad,
+    rslad,
+    saad,
+    soft_labels_of_a_trained_guide,
+)
 from published_steps import (
     Step,
     dynat,
@@ -121,8 +130,25 @@ CASES: dict[str, tuple[Recipe, Step, dict[int, float]]] = {
     ),
     "lbgat_awp_on_dynamic_labels": (
         recipe(KL, MSE_KL, ["adversarial", "natural"], awp=AWP_GUIDE, schedule=LBGAT),
-        lbgat(6, awp=True),
+        lbgat(6, awp="label"),
         {0: 0.02, 1: 0.1},
+    ),
+    "lbgat_awp": (shipped("lbgat_awp"), lbgat(6, awp="trades"), {8: 0.1, 9: 0.1}),
+    "ard": (shipped("ard"), ard, {0: 0.1, 150: 0.01}),
+    "rslad": (shipped("rslad"), rslad, {0: 0.1, 285: 0.0001}),
+    "iad": (shipped("iad"), iad, {60: 0.1, 150: 0.01}),
+    "adaad": (shipped("adaad"), adaad, {0: 0.1, 150: 0.001}),
+    "saad": (shipped("saad"), saad, {0: 0.1, 150: 0.001}),
+    "dynat_robust_guide": (shipped("dynat_robust_guide"), dynat_robust_guide, {0: 0.02, 1: 0.1}),
+    "soft_labels_of_a_trained_guide": (
+        recipe(
+            {"loss": "kl_guide", "start": "uniform"},
+            {"natural_ce": 0.7, "adversarial": "none", "soft": {"adversarial": 1, "temperature": 2}},
+            ["natural", "adversarial"],
+            alpha=0.3,
+        ),
+        soft_labels_of_a_trained_guide,
+        {0: 0.01, 75: 0.001},
     ),
     "dynat_inner_gairat_kappa_of_truth": (
         recipe(

@@ -4,6 +4,7 @@ Every stage calls :func:`load` before anything else. A fault is one line that na
 would type it after ``dvc exp run -S``.
 """
 
+from itertools import product
 from pathlib import Path
 from typing import Annotated, Literal, NamedTuple
 
@@ -26,6 +27,7 @@ from dynat.config.recipe import Precision, Recipe, Train, rescale
 from dynat.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]
+GUIDE = "guide"  # before the hyphen of a method: its target becomes a frozen guide
 
 
 class DataSpec(Section):
@@ -155,12 +157,26 @@ class Study(Section):
                 raise KeyedError(key, f"{n} is more than the {available} test images that there are")
 
 
+def recipe_of(method: str) -> str:
+    """The recipe of a method: itself, ``rslad`` of ``rslad-trades``, ``trades`` of ``guide-trades``."""
+    first, _, second = method.partition("-")
+    return second if first == GUIDE else first
+
+
+def guide_of(method: str) -> str | None:
+    """The method whose target is the frozen guide of ``method``: ``guide-trades`` of ``rslad-trades``."""
+    first, hyphen, guide = method.partition("-")
+    return f"{GUIDE}-{guide}" if hyphen and first != GUIDE else None
+
+
 class Params(Section):
     """The whole of params.yaml."""
 
     settings: Annotated[list[Name], Field(min_length=1)]
     baselines: list[Name]
     variants: list[Name]
+    distilled: list[Name] = []
+    guides: list[Name] = []
     seeds: Annotated[list[Index], Field(min_length=1)]
     alpha: NonNegative | None = None
     checkpoints: dict[Name, Name] = {}  # weights of ``checkpoint``, attacked in a setting
@@ -186,11 +202,12 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _selection(self) -> "Params":
-        methods = [*self.baselines, *self.variants]
         for key, selected, known in (
             ("settings", self.settings, self.study),
             ("baselines", self.baselines, self.recipes),
-            ("variants", methods, self.recipes),
+            ("variants", [*self.baselines, *self.variants], self.recipes),
+            ("distilled", self.distilled, self.recipes),
+            ("guides", self.guides, self.recipes),
         ):
             for name in selected:
                 check_known(key, name, known)
@@ -202,22 +219,45 @@ class Params(Section):
             check_known("checkpoints", name, self.checkpoint)
             check_known(f"checkpoints.{name}", setting, self.study)
             if setting not in self.settings:
-                raise KeyedError(
-                    "settings", f"must have {setting!r}, which checkpoints.{name} is attacked in"
-                )
+                reason = f"must have {setting!r}, which checkpoints.{name} is attacked in"
+                raise KeyedError("settings", reason)
         if same := min({*self.checkpoint} & {*self.recipes}, default=None):
             raise KeyedError(f"checkpoint.{same}", "is the name of a recipe too; choose another one")
-        if not methods and not self.checkpoints:
+        if self.distilled and not self.guides:
+            reason = "name the recipe whose target guides those of distilled, such as -S 'guides=[trades]'"
+            raise KeyedError("guides", reason)
+        if not self.trained and not self.checkpoints:
             raise KeyedError("baselines", "must name a method, since variants and checkpoints are empty too")
-        for name in self.variants:
-            if not all(self.recipe(setting, name).needs_guide for setting in self.settings):
-                raise KeyedError("variants", f"{name!r} trains no guide; select it in baselines")
+        for key in ("baselines", "variants", "distilled", "guides"):
+            for name, setting in product(getattr(self, key), self.settings):
+                self._check_guide(key, name, self.recipe(setting, name))
         return self
+
+    def _check_guide(self, key: str, name: str, recipe: Recipe) -> None:
+        """Raise :class:`KeyedError` for a recipe in a list of methods that have another kind of guide."""
+        if recipe.frozen_guide and key == "guides":
+            raise KeyedError(key, f"{name!r} has a frozen guide itself; choose one without")
+        if recipe.frozen_guide and key != "distilled":
+            raise KeyedError(key, f"{name!r} has a frozen guide; select it in distilled")
+        if not recipe.frozen_guide and key == "distilled":
+            raise KeyedError(key, f"{name!r} has no frozen guide; select it in baselines or variants")
+        if not recipe.trains_guide and key == "variants":
+            raise KeyedError(key, f"{name!r} trains no guide; select it in baselines")
+
+    @property
+    def trained(self) -> list[str]:
+        """All that is trained to be attacked; a distilled method is named after its guide's recipe too."""
+        pairs = product(self.distilled, self.guides)
+        return [*self.baselines, *self.variants, *(f"{name}-{guide}" for name, guide in pairs)]
+
+    @property
+    def frozen_guides(self) -> list[str]:
+        """What is trained for :attr:`trained` beside them."""
+        return [f"{GUIDE}-{name}" for name in self.guides]
 
     def methods(self, setting: str) -> list[str]:
         """The selected rows of ``setting``, in their order: what is trained here, then what is not."""
-        elsewhere = [name for name, its in self.checkpoints.items() if its == setting]
-        return [*self.baselines, *self.variants, *elsewhere]
+        return [*self.trained, *(name for name, its in self.checkpoints.items() if its == setting)]
 
     @property
     def runs(self) -> list[tuple[str, str, int]]:
@@ -235,13 +275,19 @@ class Params(Section):
         rows = {name: self.checkpoint[name].row for name in self.checkpoints}
         return {name: row for name, row in rows.items() if row}
 
+    def study_of(self, setting: str, method: str) -> Study:
+        """The study as ``method`` runs it: what becomes a frozen guide is the guide's network."""
+        study = self.study[setting]
+        guide = method.startswith(f"{GUIDE}-")
+        return study.model_copy(update={"target": study.guide}) if guide else study
+
     def recipe(self, setting: str, method: str) -> Recipe:
         """The recipe of ``method`` as ``setting`` runs it.
 
         Its differences for the setting are merged in, then ``alpha`` for a method of ``variants``, then the
         setting's epsilon, epochs, lr, weight decay and steps, with all that depends on them in proportion.
         """
-        recipe = self.recipes[method].in_setting(setting)
+        recipe = self.recipes[recipe_of(method)].in_setting(setting)
         if self.alpha is not None and method in self.variants:
             recipe = Recipe(**recipe.model_dump() | {"alpha": self.alpha})
         return rescale(recipe, self.study[setting].train)

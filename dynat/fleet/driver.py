@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from dynat.config.params import Params
+from dynat.config.params import Params, recipe_of
 from dynat.errors import UserError
 from dynat.fleet.cluster import Cluster, Ref
 from dynat.fleet.display import Counts, Display, Running, duration
@@ -238,7 +238,7 @@ class Driver:
         if command.kind != "train" or len(command.arguments) != 3:
             return None
         setting, method, _ = command.arguments
-        known = setting in self.params.study and method in self.params.recipes
+        known = setting in self.params.study and recipe_of(method) in self.params.recipes
         return self.params.recipe(setting, method).schedule.epochs if known else None
 
     def _paths(self) -> dict[str, float]:

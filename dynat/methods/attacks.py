@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 Forward = Callable[[Tensor], Tensor]
-Loss = Callable[[Tensor], Tensor]
+Loss = Callable[..., Tensor]  # of the target's logits, and of what moves along with the iterate
 Moving = Callable[[Tensor], Tensor]
 
 
@@ -27,9 +27,13 @@ def project(adversarial: Tensor, images: Tensor, epsilon: float) -> Tensor:
     return torch.minimum(torch.maximum(adversarial, low), high)
 
 
-def uniform_start(images: Tensor, epsilon: float, noise: Tensor) -> Tensor:
-    """Start of PGD (Madry et al. 2018): ``noise`` uniform in [0,1) becomes U(-epsilon, epsilon)."""
-    return project(images + (2 * noise - 1) * epsilon, images, epsilon)
+def uniform_start(images: Tensor, epsilon: float, noise: Tensor, clamp: bool = True) -> Tensor:
+    """Start of PGD (Madry et al. 2018): ``noise`` uniform in [0,1) becomes U(-epsilon, epsilon).
+
+    Without ``clamp`` it may lie outside [0,1] until the first step (ARD).
+    """
+    start = images + (2 * noise - 1) * epsilon
+    return project(start, images, epsilon) if clamp else start
 
 
 def gaussian_start(images: Tensor, scale: float, noise: Tensor) -> Tensor:
@@ -48,20 +52,23 @@ def ascend(
     steps: int,
     moving: Moving | None = None,
     jitter: Tensor | None = None,
+    along: Forward | None = None,
 ) -> Tensor:
     """Maximise ``loss(forward(x'))`` by ``steps`` signed gradient steps from ``start``.
 
     ``loss`` maps logits [B,K] to a scalar that is a sum over samples. ``moving`` maps the logits of an
     iterate, before its step, to the bool [B] of samples that take the step; the others keep their iterate.
-    ``jitter`` [steps,B,C,H,W] is added at each step before the projection (FAT's omega). Only the gradient
-    with respect to the input is computed. Returns x', detached, inside the ball and [0,1].
+    ``jitter`` [steps,B,C,H,W] is added at each step before the projection (FAT's omega). With ``along`` the
+    loss is ``loss(forward(x'), along(x'))``, and the gradient flows through both. Only the gradient with
+    respect to the input is computed. Returns x', detached, inside the ball and [0,1].
     """
     adversarial = start.detach()
     for index in range(steps):
         adversarial = adversarial.detach().requires_grad_()
         with torch.enable_grad():
             logits = forward(adversarial)
-            (gradient,) = torch.autograd.grad(loss(logits), adversarial)
+            value = loss(logits) if along is None else loss(logits, along(adversarial))
+            (gradient,) = torch.autograd.grad(value, adversarial)
         with torch.no_grad():
             moved = adversarial + step * gradient.sign()
             if jitter is not None:
@@ -83,6 +90,27 @@ def kl_from(natural_logits: Tensor) -> Loss:
     """Sum of KL(softmax(natural_logits) || softmax(logits)), TRADES' inner objective."""
     target = F.softmax(wide(natural_logits.detach()), dim=1)
     return lambda logits: F.kl_div(F.log_softmax(wide(logits), dim=1), target, reduction="sum")
+
+
+def kl_between(logits: Tensor, partner: Tensor) -> Tensor:
+    """Sum of KL(softmax(partner) || softmax(logits)), AdaAD's inner objective; nothing is detached."""
+    log_partner, log_own = F.log_softmax(wide(partner), dim=1), F.log_softmax(wide(logits), dim=1)
+    return (log_partner.exp() * (log_partner - log_own)).sum()
+
+
+def linear_in_truth(forward: Forward, images: Tensor, labels: Tensor) -> Forward:
+    """Logits of ``forward`` on ``images`` with the true class to first order in the iterate (SAAD).
+
+    x' -> z(x) + e_y <grad z_y(x), x' - x>; one forward and one backward of ``forward`` here, none after.
+    """
+    with torch.enable_grad():
+        point = images.detach().requires_grad_()
+        logits = wide(forward(point))
+        (slope,) = torch.autograd.grad(logits.gather(1, labels[:, None]).sum(), point)
+    natural, own = logits.detach(), F.one_hot(labels, logits.shape[1])
+    return lambda adversarial: (
+        natural + own * (slope * (adversarial - images)).flatten(1).sum(1, keepdim=True)
+    )
 
 
 def margin(labels: Tensor) -> Loss:

@@ -24,32 +24,45 @@ class InnerMaximisation:
     """
 
     def __init__(
-        self, recipe: Recipe, target: nn.Module, precision: torch.dtype, fold: bool, compiled: bool
+        self,
+        recipe: Recipe,
+        target: nn.Module,
+        guide: nn.Module | None,
+        precision: torch.dtype,
+        fold: bool,
+        compiled: bool,
     ) -> None:
-        self.recipe, self.target, self.precision = recipe, target, precision
+        self.recipe, self.target, self.guide, self.precision = recipe, target, guide, precision
         self.fold = fold and recipe.inner.mode == "eval"  # batch statistics cannot be folded
-        self.compiled = compiled
+        self.fold_guide, self.compiled = fold, compiled
         self.folded: Folded | None = None  # since the first batch
+        self.folded_guide: Folded | None = None  # since the first batch whose attack moves the guide
 
     def __call__(
-        self, batch: Batch, labels: Tensor, dynamic: Tensor, epoch: int
+        self, batch: Batch, labels: Tensor, dynamic: Tensor, guide: Tensor | None, epoch: int
     ) -> tuple[Tensor, Tensor | None]:
         """x' [B,C,H,W] and, for GAIRAT, at how many of the iterates each sample is classified correctly.
 
-        ``labels`` int64 [B] are those of choice 1, ``dynamic`` the guide's (Eq. 3).
+        ``labels`` int64 [B] are those of choice 1, ``dynamic`` the guide's (Eq. 3); ``guide`` [B,K] are its
+        logits on x.
         """
         inner, weights, images = self.recipe.inner, self.recipe.weights, batch.images
         if inner.steps == 0:
             return images, None
         attacked = dynamic if inner.loss == "ce_dynamic" else batch.truth
-        forward = self._forward()
-        if inner.loss == "kl":
+        forward, along = self._forward(), self._along(batch)
+        if along is not None:
+            loss: attacks.Loss = attacks.kl_between
+        elif inner.loss == "kl":
             with torch.no_grad():
                 loss = attacks.kl_from(forward(images))
+        elif inner.loss == "kl_guide":
+            assert guide is not None
+            loss = attacks.kl_from(guide)
         else:
             loss = attacks.cross_entropy(attacked)  # Eq. 2, or Eq. 7
         if inner.start == "uniform":
-            start = attacks.uniform_start(images, inner.epsilon, batch.start)
+            start = attacks.uniform_start(images, inner.epsilon, batch.start, inner.clamp)
         else:
             start = attacks.gaussian_start(images, inner.noise, batch.start)
         against = labels if weights.against == "label" else batch.truth
@@ -57,11 +70,19 @@ class InnerMaximisation:
         rules = [rule for rule in (counter, early_stop(inner.stop, attacked, epoch)) if rule is not None]
         moving = (lambda logits: torch.stack([rule(logits) for rule in rules]).all(0)) if rules else None
         jitter = inner.stop.noise * batch.jitter if inner.stop and batch.jitter is not None else None
-        ball = {"epsilon": inner.epsilon, "step": inner.step}
         adversarial = attacks.ascend(
-            forward, loss, images, start, **ball, steps=inner.steps, moving=moving, jitter=jitter
+            forward,
+            loss,
+            images,
+            start,
+            epsilon=inner.epsilon,
+            step=inner.step,
+            steps=inner.steps,
+            moving=moving,
+            jitter=jitter,
+            along=along,
         )
-        if inner.mode == "train":  # the published attack ends with a loss check, which moves the statistics
+        if inner.mode == "train" and inner.loss_check:  # it moves the statistics
             with torch.no_grad():
                 forward(adversarial)
         return adversarial, counter.kappa if counter else None
@@ -73,15 +94,37 @@ class InnerMaximisation:
             self.folded.refresh(self.target)
             return self.folded
         if self.fold:
-            self.folded = Folded(self.target, self.precision)
-            if self.compiled:
-                torch._dynamo.config.recompile_limit = 64  # one limit for all networks of a process
-                self.folded.network.compile(dynamic=False, fullgraph=True)
+            self.folded = self._folded(self.target)
             return self.folded
+        return self._as_it_is(self.target)
+
+    def _along(self, batch: Batch) -> attacks.Forward | None:
+        """What of the frozen guide moves with the iterate, for the losses whose gradient flows through it."""
+        loss = self.recipe.inner.loss
+        if loss not in ("kl_guide_moving", "kl_guide_linear"):
+            return None
+        assert self.guide is not None
+        if self.fold_guide and self.folded_guide is None:
+            self.folded_guide = self._folded(self.guide)
+        forward = self.folded_guide or self._as_it_is(self.guide)
+        if loss == "kl_guide_moving":
+            return forward
+        return attacks.linear_in_truth(forward, batch.images, batch.truth)
+
+    def _folded(self, network: nn.Module) -> Folded:
+        """The folded copy of a network in eval mode, compiled where that is asked for."""
+        folded = Folded(network, self.precision)
+        if self.compiled:
+            torch._dynamo.config.recompile_limit = 64  # one limit for all networks of a process
+            folded.network.compile(dynamic=False, fullgraph=True)
+        return folded
+
+    def _as_it_is(self, network: nn.Module) -> attacks.Forward:
+        """The forward of ``network`` in its own mode."""
 
         def forward(x: Tensor) -> Tensor:
             with autocast(x.device, self.precision):
-                return self.target(x)
+                return network(x)
 
         return forward
 

@@ -12,6 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from dynat.config.guide import SoftLabels
 from dynat.config.recipe import Objective, Weights
 from dynat.methods.attacks import margins, wide
 from dynat.runtime import distributed
@@ -50,6 +51,43 @@ class Logits(NamedTuple):
     natural: Tensor | None  # the target's on x
     adversarial: Tensor  # the target's on x'
     guide: Tensor | None  # the guide's on x
+    guide_adversarial: Tensor | None = None  # a frozen guide's on x'
+    mirrored: Tensor | None = None  # the target's on 2x - x'
+    guide_mirrored: Tensor | None = None  # a frozen guide's on 2x - x'
+
+
+def soft_divergence(guide: Tensor, logits: Tensor, temperature: float = 1.0) -> Tensor:
+    """temperature² KL(softmax(guide / temperature) || softmax(logits / temperature)) per sample.
+
+    The guide is detached (Hinton et al. 2015, section 2; docs/methods.md, section 17).
+    """
+    return temperature**2 * divergence(guide.detach() / temperature, logits / temperature)
+
+
+def soft_terms(soft: SoftLabels, logits: Logits, scale: Tensor, alpha: float, progress: float) -> Tensor:
+    """The terms of ``soft``, a scalar: of those on x' each sample counts ``scale`` [B] times.
+
+    ``alpha`` multiplies the first, ``progress`` in (0,1], the share of epochs, IGDM's.
+    """
+    natural, adversarial, guide, guide_adversarial, mirrored, guide_mirrored = logits
+    loss = torch.zeros((), device=adversarial.device)
+    if soft.adversarial > 0:
+        label = guide_adversarial if soft.at == "adversarial" else guide
+        assert label is not None
+        each = soft_divergence(label, adversarial, soft.temperature)
+        loss = loss + alpha * soft.adversarial * (scale * each).mean()
+    if soft.gradient > 0:
+        assert guide_adversarial is not None
+        assert guide_mirrored is not None
+        assert mirrored is not None
+        change = wide(guide_adversarial) - wide(guide_mirrored)
+        each = soft_divergence(change, wide(adversarial) - wide(mirrored))
+        loss = loss + soft.gradient * progress * (scale * each).mean()
+    if soft.natural > 0:
+        assert guide is not None
+        assert natural is not None
+        loss = loss + soft.natural * soft_divergence(guide, natural, soft.temperature).mean()
+    return loss
 
 
 def target_loss(
@@ -60,19 +98,22 @@ def target_loss(
     *,
     alpha: float = 1.0,
     weights: Tensor | None = None,
+    kl_weights: Tensor | None = None,
     smoothing: float = 0.0,
+    progress: float = 1.0,
 ) -> Tensor:
     """Scalar loss of the target, mean over the batch (Eq. 5 and 6; docs/methods.md, section 1).
 
     ``labels`` are the truth or the guide's argmax. ``alpha`` scales the adversarial term alone, as in the
-    published AWP script. ``weights`` [B] multiply the adversarial and the KL term.
+    published AWP script. ``weights`` [B] multiply the terms on x', ``kl_weights`` [B], if given, in their
+    stead the KL of beta. ``progress``: see :func:`soft_terms`.
     """
-    natural, adversarial, guide = logits
+    natural, adversarial, guide = logits[:3]
     scale = torch.ones(len(truth), device=truth.device) if weights is None else weights
     loss = torch.zeros((), device=truth.device)
     if objective.natural_ce:
         assert natural is not None
-        loss = loss + smoothed_ce(natural, truth).mean()
+        loss = loss + float(objective.natural_ce) * smoothed_ce(natural, truth).mean()
     if objective.adversarial != "none":
         if objective.adversarial == "ce":
             each = smoothed_ce(adversarial, labels, smoothing)
@@ -86,26 +127,49 @@ def target_loss(
         assert natural is not None
         plain = objective.kl == "plain"
         kl = divergence(natural, adversarial) if plain else mart_divergence(natural, adversarial, labels)
-        loss = loss + objective.beta * (scale * kl).mean()
-    return loss
+        loss = loss + objective.beta * ((scale if kl_weights is None else kl_weights) * kl).mean()
+    return loss + soft_terms(objective.soft, logits, scale, alpha, progress)
 
 
 def instance_weights(
-    rule: Weights, epoch: int, adversarial: Tensor, labels: Tensor, kappa: Tensor | None, steps: int
+    rule: Weights,
+    epoch: int,
+    adversarial: Tensor,
+    labels: Tensor,
+    kappa: Tensor | None,
+    steps: int,
+    guide: Tensor | None = None,
 ) -> Tensor | None:
-    """Weights [B] of the robust terms, without gradient, or None while they are uniform.
+    """Weights [B] of the robust terms, without gradient, or None while they are uniform; IAD's A is 1 then.
 
     GAIRAT, of the count kappa of K = ``steps`` iterates at which a sample is classified correctly:
     (1 + tanh(Lambda + 5 (h - kappa) / h)) / 2, h = floor(K / 2), brought to mean 1 over the batch. MAIL:
     scale * sigmoid(slope * (margin + bias)) on the probabilities of the training forward, not normalised.
+    Of the ``guide``'s logits [B,K] on x', IAD: p_label^power; SAAD: scale * (entropy - the batch's least).
     """
     if rule.rule == "uniform" or epoch < rule.begin:
-        return None
+        return torch.ones_like(wide(adversarial[:, 0])) if rule.rule == "iad" else None
     if rule.rule == "gairat":
         assert kappa is not None
         half = max(1, steps // 2)
         exponent = rule.shift + (half - kappa.to(wide(adversarial).dtype)) * 5 / half
         raw = torch.sigmoid(2 * exponent)  # the same number, without tanh's cancellation near -1
         return raw * (distributed.total(torch.ones_like(raw).sum()) / distributed.total(raw.sum()))
+    if rule.by_guide:
+        assert guide is not None
+        logs = F.log_softmax(wide(guide.detach()), dim=1)
+        if rule.rule == "iad":
+            return (rule.power * logs.gather(1, labels[:, None]).squeeze(1)).exp()
+        entropy = -(logs.exp() * logs).sum(1)
+        return rule.scale * (entropy - distributed.least(entropy.min()))
     difficulty = margins(F.softmax(wide(adversarial.detach()), dim=1), labels)
     return rule.scale * torch.sigmoid(rule.slope * (difficulty + rule.bias))
+
+
+def weights_of_terms(rule: Weights, weights: Tensor | None) -> tuple[Tensor | None, Tensor | None]:
+    """:func:`instance_weights` as weights of the terms on x' and of the KL of beta; None: uniform.
+
+    IAD's KL, of a target that guides itself, counts by what the guide is not to be trusted: 1 - A.
+    """
+    of_kl = 1 - weights if weights is not None and rule.rule == "iad" else weights
+    return (weights if rule.terms == "all" else None), of_kl

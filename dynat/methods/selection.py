@@ -28,8 +28,8 @@ def refuse_setting(params: Params, setting: str) -> None:
                 study.check_test_images(kind, known.test)
         except KeyedError as error:
             raise UserError(f"{section}.{error}") from None
-    for method in (*params.baselines, *params.variants):
-        recipe = params.recipe(setting, method)
+    for method in (*params.trained, *params.frozen_guides):
+        study, recipe = params.study_of(setting, method), params.recipe(setting, method)
         device = "cuda" if study.machine.device != "cpu" and torch.cuda.is_available() else "cpu"
         if is_compiled(study, recipe, device):
             machine.compiler(f"{section}.train.engine", torch.device(device))

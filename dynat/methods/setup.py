@@ -4,19 +4,21 @@ Stage ``check`` asks the same before, of what params.yaml and the machine know.
 """
 
 import json
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from dynat.config.params import Extent, Network, Study
+from dynat.config.params import Extent, Network, Study, guide_of
 from dynat.config.recipe import Recipe
 from dynat.data.splits import load
 from dynat.errors import UserError
 from dynat.methods.step import Engine
 from dynat.methods.training import Training
 from dynat.networks.architectures import build
+from dynat.networks.weights import load_network
 from dynat.runtime import distributed, machine
 from dynat.runtime.closure import code_key
 from dynat.runtime.files import digest, sha256
@@ -82,8 +84,11 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
     torch.manual_seed(run.seed)
     networks, metadata = {}, {}
     for name, spec in _networks(study, recipe).items():
+        if name == "guide" and recipe.frozen_guide:
+            continue
         networks[name], metadata[name] = _network(study, recipe, spec, channels)
         networks[name].to(device).to(memory_format=torch.channels_last)
+    frozen = _frozen_guide(run)
     precision = machine.precision_of(study.train.precision, device)
     key = digest(
         {
@@ -92,6 +97,7 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
             "networks": json.dumps(metadata),
             "seed": str(run.seed),
             "data": sha256(source),
+            "guide": sha256(frozen) if frozen else "",
             "code": code_key("train"),
             "processes": str(distributed.size()),
             "compiler": compiler,
@@ -102,8 +108,20 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
     fold = study.machine.instructions is None  # where bits are pinned, the plain arithmetic
     torch.backends.cudnn.allow_tf32 = precision == "tf32"  # for all of this process, which only trains
     products = torch.bfloat16 if precision == "bf16" else torch.float32
-    engine = Engine(recipe, networks["target"], networks.get("guide"), products, fold, compiled)
+    guide = load_network(frozen, device)[0] if frozen else networks.get("guide")
+    engine = Engine(recipe, networks["target"], guide, products, fold, compiled)
     return Training(engine, study.train, data, run.seed, precision), metadata, key
+
+
+def _frozen_guide(run: Run) -> Path | None:
+    """The chosen weights of the frozen guide of a run, if it has one; :class:`UserError` if not trained."""
+    method = guide_of(run.method)
+    if method is None:
+        return None
+    path = replace(run, method=method).path("models") / "target.safetensors"
+    if not path.exists():
+        raise UserError(f"{path}: no such file; train the guide: dvc repro train_guide")
+    return path
 
 
 def _forward(network: nn.Module, x: Tensor) -> None:

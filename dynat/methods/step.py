@@ -36,6 +36,7 @@ class Constants(NamedTuple):
     weighted: bool  # past the burn-in of choice 4
     perturbed: bool  # past that of choice 5
     stop: tuple[float, int]  # threshold and budget of the early stop
+    progress: float = 1.0  # share of the epochs, this one included, where IGDM's term grows with it
 
 
 def constants(recipe: Recipe, epoch: int) -> Constants:
@@ -46,12 +47,20 @@ def constants(recipe: Recipe, epoch: int) -> Constants:
         rate = schedule.first_epoch_lr
     weighted = recipe.weights.rule != "uniform" and epoch >= recipe.weights.begin
     perturbed = awp is not None and epoch >= awp.begin
-    return Constants(rate, weighted, perturbed, threshold_and_budget(stop, epoch) if stop else (0.0, 0))
+    progress = (epoch + 1) / schedule.epochs if recipe.outer.soft.gradient > 0 else 1.0
+    stopped = threshold_and_budget(stop, epoch) if stop else (0.0, 0)
+    return Constants(rate, weighted, perturbed, stopped, progress)
+
+
+def mirror(images: Tensor, adversarial: Tensor) -> Tensor:
+    """2x - x', the point opposite x', not clamped (IGDM)."""
+    return images - (adversarial - images)
 
 
 class Engine:
     """Target, guide and optimiser of one training, and the recipe that drives them.
 
+    A frozen guide is put in eval mode and is none of the ``networks``, which are those that are trained.
     ``precision`` is the type of the matrix products; for ``fold`` and ``compiled`` see InnerMaximisation.
     Raises ValueError if the recipe lacks its guide.
     """
@@ -69,7 +78,11 @@ class Engine:
             raise ValueError("the recipe needs a guide")
         self.recipe, self.target, self.guide = recipe, target, guide
         self.precision, self.fold = precision, fold
-        self.networks = {"target": target} | ({} if guide is None else {"guide": guide})
+        self.networks = {"target": target}
+        if guide is not None and recipe.guide == "frozen":
+            guide.eval().requires_grad_(False)
+        elif guide is not None:
+            self.networks["guide"] = guide
         self.parameters = [each for network in self.networks.values() for each in network.parameters()]
         self.device = self.parameters[0].device
         self.counters = [counter for each in self.networks.values() for counter in count_on_host(each)]
@@ -82,8 +95,8 @@ class Engine:
             fused=self.device.type == "cuda",
         )
         self.set_epoch(0)
-        self.inner = InnerMaximisation(recipe, target, precision, fold, compiled)
-        reads = {"natural": recipe.outer.reads_natural, "adversarial": recipe.outer.reads_adversarial}
+        self.inner = InnerMaximisation(recipe, target, guide, precision, fold, compiled)
+        reads = recipe.outer.reads
         published: list[str] = [name for name, read in reads.items() if read]
         if recipe.batch_norm.target is not None:
             published = list(recipe.batch_norm.target)
@@ -105,18 +118,13 @@ class Engine:
         guide_logits = self._forward_guide(batch.images)
         dynamic = truth if guide_logits is None else guide_logits.detach().argmax(1)  # Eq. 3
         labels = dynamic if recipe.labels == "guide" else truth
-        adversarial, kappa = self.inner(batch, labels, dynamic, self.epoch)
+        adversarial, kappa = self.inner(batch, labels, dynamic, guide_logits, self.epoch)
+        of_guide = self._frozen_guide(batch.images, adversarial)
         self.target.train()
-        with self._weight_perturbation(batch, adversarial, dynamic, guide_logits):
-            logits = Logits(*self._forward_target(batch.images, adversarial), guide_logits)
-            against = labels if recipe.weights.against == "label" else truth
-            weights = objectives.instance_weights(
-                recipe.weights, self.epoch, logits.adversarial, against, kappa, recipe.inner.steps
-            )
-            smoothing = recipe.smoothing.target
-            target_loss = objectives.target_loss(
-                recipe.outer, logits, truth, labels, alpha=recipe.alpha, weights=weights, smoothing=smoothing
-            )
+        with self._weight_perturbation(batch, adversarial, dynamic, guide_logits, of_guide[0]):
+            natural, attacked, mirrored = self._forward_target(batch.images, adversarial)
+            logits = Logits(natural, attacked, guide_logits, of_guide[0], mirrored, of_guide[1])
+            target_loss = self._target_loss(logits, truth, labels, kappa)
             guide_loss, guide_correct = self._guide_loss(guide_logits, truth)
             self.optimizer.zero_grad()
             (target_loss + guide_loss).backward()  # Eq. 6
@@ -130,37 +138,88 @@ class Engine:
         distributed.average(losses[:2], len(truth))
         return losses
 
+    def _target_loss(self, logits: Logits, truth: Tensor, labels: Tensor, kappa: Tensor | None) -> Tensor:
+        """Choices 3 and 4."""
+        recipe, rule = self.recipe, self.recipe.weights
+        against = labels if rule.against == "label" else truth
+        found = objectives.instance_weights(
+            rule,
+            self.epoch,
+            logits.adversarial,
+            against,
+            kappa,
+            recipe.inner.steps,
+            logits.guide_adversarial,
+        )
+        weights, kl_weights = objectives.weights_of_terms(rule, found)
+        return objectives.target_loss(
+            recipe.outer,
+            logits,
+            truth,
+            labels,
+            alpha=recipe.alpha,
+            weights=weights,
+            kl_weights=kl_weights,
+            smoothing=recipe.smoothing.target,
+            progress=self.constants.progress,
+        )
+
+    def _frozen_guide(self, images: Tensor, adversarial: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        """A frozen guide's logits on x' and 2x - x', None where nothing reads them."""
+        points = (
+            adversarial if self.recipe.reads_guide_at_adversarial else None,
+            mirror(images, adversarial) if self.recipe.outer.soft.gradient > 0 else None,
+        )
+        first, second = (None if each is None else self._forward_guide(each) for each in points)
+        return first, second
+
     def _forward_guide(self, images: Tensor) -> Tensor | None:
         if self.guide is None:
             return None
+        if self.recipe.guide == "frozen":
+            with torch.no_grad(), autocast(self.device, self.precision):
+                return self.guide(images)
         self.guide.train()  # the published guide is never put in eval mode
         repeats = self.recipe.batch_norm.guide
         (momentum,) = effective_momenta(["natural"] * repeats, ["natural"])
         with statistics(self.guide, momentum, repeats), autocast(self.device, self.precision):
             return self.guide(images)
 
-    def _forward_target(self, images: Tensor, adversarial: Tensor) -> tuple[Tensor | None, Tensor]:
-        """Train-mode logits on x (or None) and x'; a forward that only moves statistics keeps no graph."""
+    def _forward_target(
+        self, images: Tensor, adversarial: Tensor
+    ) -> tuple[Tensor | None, Tensor, Tensor | None]:
+        """Train-mode logits on x (or None), x' and 2x - x' (or None).
+
+        A forward that only moves statistics keeps no graph.
+        """
         logits: dict[str, Tensor] = {}
+        points = {"natural": images, "adversarial": adversarial}
+        if "mirrored" in self.order:
+            points["mirrored"] = mirror(images, adversarial)
         for name in self.order:
-            only_statistics = name == "natural" and not self.recipe.outer.reads_natural
+            only_statistics = name != "adversarial" and not self.recipe.outer.reads[name]
             with (
                 statistics(self.target, self.momenta[name], self.updates[name]),
                 autocast(self.device, self.precision),
                 torch.set_grad_enabled(not only_statistics),
             ):
-                logits[name] = self.target(images if name == "natural" else adversarial)
-        return logits.get("natural"), logits[self.order[-1]]
+                logits[name] = self.target(points[name])
+        return logits.get("natural"), logits[self.order[-1]], logits.get("mirrored")
 
     def _guide_loss(self, logits: Tensor | None, truth: Tensor) -> tuple[Tensor, Tensor]:
-        if logits is None:
+        if logits is None or self.recipe.guide == "frozen":
             zero = torch.zeros((), device=self.device)
             return zero, zero
         loss = objectives.smoothed_ce(logits, truth, self.recipe.smoothing.guide).mean()  # Eq. 4
         return loss, (logits.detach().argmax(1) == truth).sum()
 
     def _weight_perturbation(
-        self, batch: Batch, adversarial: Tensor, dynamic: Tensor, guide_logits: Tensor | None
+        self,
+        batch: Batch,
+        adversarial: Tensor,
+        dynamic: Tensor,
+        guide_logits: Tensor | None,
+        guide_adversarial: Tensor | None,
     ) -> AbstractContextManager[None]:
         """Choice 5 in the epochs that have it: the target's weights at w + v (docs/methods.md, 3.2 and 9)."""
         awp = self.recipe.awp
@@ -175,6 +234,7 @@ class Engine:
                 logits = self.target(adversarial)
         guide = None if guide_logits is None else guide_logits.detach()
         labels = dynamic if awp.labels == "guide" else batch.truth
-        loss = objectives.target_loss(objective, Logits(natural, logits, guide), batch.truth, labels)
+        read = Logits(natural, logits, guide, guide_adversarial)
+        loss = objectives.target_loss(objective, read, batch.truth, labels)
         parameters = perturbable(self.target)
         return perturbed(parameters, direction(loss, parameters, awp.gamma, len(batch.truth)))

@@ -102,7 +102,7 @@ class Training:
             "target_loss": sum(step["target_loss"] for step in steps) / len(steps),
             **self._accuracies(),
         }
-        if self.engine.guide is not None:
+        if "guide" in self.networks:
             correct = torch.stack([each.guide_correct for each in losses]).sum().item()
             row["guide_loss"] = sum(step["guide_loss"] for step in steps) / len(steps)
             row["guide_train"] = 100 * correct / len(self.data.train_images)
@@ -166,7 +166,7 @@ class Training:
         test = (data.test_images[: self.train.monitored], data.test_labels[: self.train.monitored])
         seen = (data.train_images[: len(test[0])], data.train_labels[: len(test[0])])
         row = {"train_clean": self._accuracy(target, *seen), "test_clean": self._accuracy(target, *test)}
-        if self.engine.guide is not None:
+        if "guide" in self.networks:
             row["guide_test"] = self._accuracy(self._looked_at("guide"), *test)
         if len(data.validation_images):
             row["validation_clean"] = self._accuracy(target, *held_out)

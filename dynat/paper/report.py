@@ -63,22 +63,23 @@ def _figures(found: Tabulation, setting: str, root: Path) -> dict[str, Any]:
     """The figures of a setting as SVG, empty where nothing was run, and the images of one method."""
     from dynat.paper import figures  # matplotlib, of which the audit needs nothing
 
-    family, baselines = found.params.variants, found.params.baselines
+    family = found.params.variants
+    others = [method for method in found.params.methods(setting) if method not in family]
     results, cells = found.results, found.cells[found.cells["row"] == setting]
     histories, radii = (each[each["setting"] == setting] for each in (results.histories, results.radii))
-    trained = [method for method in (*baselines, *family) if method in histories["method"].array]
+    trained = [method for method in found.params.trained if method in histories["method"].array]
     rivals = [method for method in ("lbgat0", "lbgat6") if {method, "dynat"} <= {*trained}]
     means = cells.pivot(index="column", columns="method", values="mean").reindex(SUMMARY).astype(float)
     clean = cells[cells["column"] == "clean"].set_index("method")
     hybrids = means[[method for method in clean.index if method in HYBRIDS]].dropna()
-    first = sorted((*family, *baselines), key=lambda method: method != "dynat")
+    first = sorted((*family, *others), key=lambda method: method != "dynat")
     images = ((method, perturbed(root, setting, f"{method}/{found.params.seeds[0]}")) for method in first)
     return {
         "rivals": rivals and figures.training(f"training-{setting}", histories, ["dynat", rivals[0]]),
         "trained": [figures.training(f"training-{setting}-{each}", histories, [each]) for each in trained],
         "clean": len(clean) and figures.intervals(f"clean-{setting}", clean, family, "clean accuracy, %"),
         "hybrids": hybrids.shape[1] > 1 and figures.bars(f"gairat-{setting}", hybrids.rename(index=name)),
-        "radii": len(radii) and figures.against_epsilon(f"epsilon-{setting}", radii, {*baselines}),
+        "radii": len(radii) and figures.against_epsilon(f"epsilon-{setting}", radii, {*others}),
         "n": " or ".join(map(str, sorted(radii["n"].unique()))),
         "several": radii["seed"].nunique() > 1,
         "broken": next((each for each in images if each[1]), None),

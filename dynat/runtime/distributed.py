@@ -73,6 +73,14 @@ def total(value: Tensor) -> Tensor:
     return value
 
 
+def least(value: Tensor) -> Tensor:
+    """The least of every process's ``value``; the tensor itself for one process."""
+    if size() > 1:
+        value = value.clone()
+        dist.all_reduce(value, dist.ReduceOp.MIN)
+    return value
+
+
 def average(tensors: Sequence[Tensor], count: int) -> None:
     """Replace means over this process's ``count`` samples by the means over everybody's, in place."""
     if size() == 1:

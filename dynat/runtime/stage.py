@@ -9,7 +9,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynat.config.params import Params, Study, load
+from dynat.config.params import Params, Study, guide_of, load, recipe_of
 from dynat.errors import UserError
 
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal, the next run goes on from there
@@ -26,8 +26,8 @@ class Run:
 
     @property
     def study(self) -> Study:
-        """The setting's entry of params.yaml."""
-        return self.params.study[self.setting]
+        """The setting's entry of params.yaml, as the method runs it."""
+        return self.params.study_of(self.setting, self.method)
 
     def path(self, folder: str, suffix: str = "") -> Path:
         """``folder/<setting>/<method>/<seed><suffix>``, the layout of every output."""
@@ -80,6 +80,13 @@ def run_of_arguments(description: str) -> Run:
     params = load()
     if arguments.setting not in params.study:
         raise UserError(f"setting {arguments.setting!r} is not in params.yaml's study")
-    if arguments.method not in {*params.recipes, *params.checkpoint}:
-        raise UserError(f"method {arguments.method!r} is not in params.yaml's recipes, nor in checkpoint")
-    return Run(arguments.setting, arguments.method, arguments.seed, params)
+    guide = guide_of(method := arguments.method)
+    if method in params.checkpoint:
+        return Run(arguments.setting, method, arguments.seed, params)
+    for name in (method, guide or method):
+        if recipe_of(name) not in params.recipes:
+            raise UserError(f"method {name!r} is not in params.yaml's recipes, nor in checkpoint")
+    if params.recipe(arguments.setting, method).frozen_guide != bool(guide):
+        named = "with a frozen guide, and only then, a method is named after both recipes, as rslad-trades"
+        raise UserError(f"method {method!r}: {named}")
+    return Run(arguments.setting, method, arguments.seed, params)

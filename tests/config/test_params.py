@@ -14,7 +14,7 @@ from dvc.utils.serialize import load_yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dynat.config.params import load, parse
+from dynat.config.params import guide_of, load, parse, recipe_of
 from dynat.errors import UserError
 
 FILE = Path(__file__).parents[2] / "params.yaml"
@@ -101,7 +101,7 @@ study.digits.data.source=cifar10 | study.digits.data.archive: the digits need no
 study.digits.target.widen=10 | : name=cnn takes only depth, stem_stride, width
 study.no good={} | study.'no good': String should match pattern '^[A-Za-z0-9][A-Za-z0-9_]*$', found 'no good'
 recipes.dynat.iner={} | : unknown 'iner'; did you mean 'inner'?
-recipes.dynat.inner.loss=KL | : Input should be 'ce', 'kl' or 'ce_dynamic', found 'KL'
+recipes.dynat.inner.loss=KL | : Input should be 'ce', 'kl', 'ce_dynamic', 'kl_guide', 'kl_guide_moving' or
 recipes.dynat.inner.stop={threshold: [1]} | recipes.dynat.inner.stop.threshold: Field required, found [1]
 recipes.dynat.awp={gama: 1} | recipes.dynat.awp.gama: unknown 'gama'; did you mean 'gamma'?
 recipes.dynat.schedule.drops={x: 1} | recipes.dynat.schedule.drops.x: must be a number such
@@ -138,6 +138,46 @@ def test_a_checkpoint_in_a_setting_that_is_not_selected_is_refused() -> None:
     assert message.startswith(
         "settings: must have 'cifar10_tiny', which checkpoints.pyautoattack_resnet18 is"
     )
+
+
+@pytest.mark.parametrize(
+    ("lists", "message"),
+    [
+        ({"baselines": ["rslad"]}, "baselines: 'rslad' has a frozen guide; select it in distilled"),
+        ({"variants": ["rslad"]}, "variants: 'rslad' has a frozen guide; select it in distilled"),
+        ({"distilled": ["rslad"]}, "guides: name the recipe whose target guides those of distilled"),
+        ({"distilled": ["trades"], "guides": ["trades"]}, "distilled: 'trades' has no frozen guide; select"),
+        ({"distilled": ["rslad"], "guides": ["ard"]}, "guides: 'ard' has a frozen guide itself"),
+        ({"distilled": ["rslad"], "guides": ["trade"]}, "guides: unknown 'trade'; did you mean 'trades'?"),
+        ({"distilled": ["rslad", "rslad"], "guides": ["trades"]}, "distilled: 'rslad' is selected twice"),
+    ],
+)
+def test_a_method_in_the_wrong_list_is_refused_with_the_right_one(lists: Any, message: str) -> None:
+    assert refusal({**TREE, **lists}).startswith(message)
+
+
+def test_a_distilled_method_is_selected_once_for_every_guide_and_named_after_both() -> None:
+    lists = {"baselines": ["pgd_at"], "variants": ["dynat"], "distilled": ["ard", "saad"]}
+    params = parse({**TREE, **lists, "guides": ["trades", "dynat"], "alpha": 0.5})
+    own = ["ard-trades", "ard-dynat", "saad-trades", "saad-dynat"]
+    assert params.trained == ["pgd_at", "dynat", *own]
+    assert params.frozen_guides == ["guide-trades", "guide-dynat"]
+    assert {each: (recipe_of(each), guide_of(each)) for each in ("ard-dynat", "guide-dynat", "dynat")} == {
+        "ard-dynat": ("ard", "guide-dynat"),
+        "guide-dynat": ("dynat", None),
+        "dynat": ("dynat", None),
+    }
+    assert params.recipe("digits", "ard-dynat").guide == "frozen"
+    assert [params.recipe("digits", each).alpha for each in ("dynat", "guide-dynat")] == [0.5, 1]
+
+
+def test_what_becomes_a_frozen_guide_is_trained_on_the_guides_network() -> None:
+    params = parse(TREE)
+    study = params.study["cifar10_wrn34_10"]
+    guide = params.study_of("cifar10_wrn34_10", "guide-trades")
+    assert guide == study.model_copy(update={"target": study.guide}) != study
+    for method in ("trades", "rslad-trades"):
+        assert params.study_of("cifar10_wrn34_10", method) == study
 
 
 def test_an_empty_selection_is_refused_before_it_empties_the_tables() -> None:

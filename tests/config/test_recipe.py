@@ -51,9 +51,27 @@ awp.labels=guide: there is no guide | awp.gamma=0.01 awp.labels=guide awp.object
 awp.labels=guide: no term of awp uses a label | labels=guide awp.labels=guide PROXY
 awp.begin: never reached | awp.gamma=0.01 awp.begin=100 awp.objective={}
 schedule.drops: never reached | schedule.drops.100=0.1
+guide=frozen: no choice reads a guide | guide=frozen
+smoothing.guide: there is no guide | labels=guide guide=frozen smoothing.guide=0.1
+batch_norm.guide: there is no guide | labels=guide guide=frozen batch_norm.guide=2
+inner.loss=kl_guide_moving: reads the guide on x', which needs guide=frozen | inner.loss=kl_guide_moving
+inner.loss=kl_guide_linear: reads the guide on x', which needs guide=frozen | inner.loss=kl_guide_linear
+weights.rule=iad: reads the guide on x', which needs guide=frozen | weights.rule=iad
+weights.rule=saad: reads the guide on x', which needs guide=frozen | weights.rule=saad
+outer.soft: reads the guide on x', which needs guide=frozen | outer.soft.adversarial=1 MOVED
+outer.soft: reads the guide on x', which needs guide=frozen | outer.soft.gradient=1
+outer.soft.gradient: needs inner.steps above 0 | guide=frozen outer.soft.gradient=1 inner.steps=0
+awp.objective.soft: there is no guide | awp.gamma=0.01 awp.objective.soft.natural=1
+awp.objective.soft.gradient: is a term of outer alone | guide=frozen SOFT awp.objective.soft.gradient=1
+batch_norm.target: list mirrored, which outer forwards | guide=frozen GRADIENT batch_norm.target=[adversarial]
+weights.terms=kl: needs outer.beta above 0 | weights.rule=mail weights.terms=kl
+inner.steps: no term uses the adversarial examples; set 0 | outer.adversarial=none outer.soft.natural=1
 """.strip().splitlines()
 SHORT = {
     "NATURAL": "outer.natural_ce=true outer.adversarial=none",
+    "MOVED": "outer.soft.at=adversarial",
+    "SOFT": "outer.soft.adversarial=1 awp.gamma=0.01",
+    "GRADIENT": "outer.soft.gradient=1",
     "PROXY": "awp.gamma=0.01 awp.objective.natural_ce=true awp.objective.adversarial=none",
 }
 
