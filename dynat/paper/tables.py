@@ -41,11 +41,13 @@ Usual = dict[str, dict[str, Any]]  # column -> the value of each of DEPARTURES t
 
 @dataclass(frozen=True)
 class Item:
-    """A text in a table, its footnotes, and its key if it is a cell."""
+    """A text in a table, its footnotes, and its key if it is a cell; of a label, what its row is about."""
 
     text: str = ""
     notes: tuple[str, ...] = ()
     key: str | None = None
+    setting: str = ""
+    methods: tuple[str, ...] = ()  # recipes
 
 
 @dataclass
@@ -89,7 +91,8 @@ def setting_tables(
     head = ["Method", "Epoch (chosen / last)", *_headings(LAST, usual), "Robust overfitting"]
     last = Table(f"{setting}, last epoch", other, head)
     for method in [*params.baselines, *params.variants]:
-        label = Item(method, tuple(results.failed_checks[setting, method]))
+        failed = tuple(results.failed_checks[setting, method])
+        label = Item(method, failed, setting=setting, methods=(method,))
         epochs = Item(", ".join(results.epochs[setting, method]))
         chosen.rows.append([label, *(items.get((method, column), Item()) for column in best)])
         ends = [items.get((method, column), Item()) for column in LAST]
@@ -141,7 +144,8 @@ def paper_table(number: int, params: Params, results: Results, cells: pd.DataFra
         own = [tuple(text for text in each if text not in of_all) for each in doubts]
         theirs = map(Item, (each["published"] for each in row.values()), own)
         label = f"{first['method']} ({first['target']})" if number == 3 else first["method"]
-        table.rows.append([Item(label, of_all), Item("paper"), *theirs])
+        of_row = Item(label, of_all, setting=first["setting"], methods=(first["recipe"],))
+        table.rows.append([of_row, Item("paper"), *theirs])
         sanity = tuple(results.failed_checks[first["setting"], first["recipe"]])
         table.rows.append([Item(), Item("here", sanity), *(items.get(key, Item()) for key in row)])
         if row.keys() & items.keys():
