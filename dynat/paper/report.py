@@ -1,7 +1,7 @@
 """``metrics/report.html``: tables beside the published values, figures, and the source of every number.
 
-One file from ``templates``; a number opens the sheet that says how it was counted. Its one script sorts, filters
-and lays two methods side by side; without it the page is complete.
+One file from ``templates``; a number opens the sheet that says how it was counted. Its one script sorts,
+filters and lays two methods side by side; without it the page is complete.
 """
 
 import base64
@@ -56,8 +56,8 @@ def recounted(found: Tabulation) -> list[str]:
 def paired(found: Tabulation) -> list[dict[str, Any]]:
     """What the page's script can lay side by side: a dictionary per setting and attack, of text alone.
 
-    ``sheets`` maps each method to the id of the sheet with its accuracy. ``pairs`` are lists: both methods, their
-    difference in points, the ends of its 95 % interval, p, p after Holm's correction, n.
+    ``sheets`` maps each method to the id of the sheet with its accuracy. ``pairs`` are lists: both methods,
+    their difference in points, the ends of its 95 % interval, p, p after Holm's correction, n.
     """
     ours = found.cells[found.cells["table"].isin(found.params.settings)]
     groups = []

@@ -117,7 +117,9 @@ function sortable(id, table) {
       if (place === column) head.setAttribute("aria-sort", direction);
       else head.removeAttribute("aria-sort");
     }
-    table.tBodies[0].append(...(direction ? sorted(groups, column, direction) : groups).flat());
+    const wanted = (direction ? sorted(groups, column, direction) : groups).flat();
+    const present = table.tBodies[0].rows;
+    if (wanted.some((row, i) => row !== present[i])) table.tBodies[0].append(...wanted); // moving takes the focus away
   };
 }
 
@@ -178,7 +180,8 @@ function sideBySide() {
     the(id).value = both[place];
   }
   the("pair").hidden = !both.every(Boolean);
-  if (the("pair").hidden) return;
+  if (the("pair").hidden || the("pair").dataset.of === view.pair.join()) return;
+  the("pair").dataset.of = view.pair.join();
   const heads = ["Attack", ...both, "Difference", "p", "p (Holm)", "n"];
   const head = make("tr", {}, ...heads.map((text) => make("th", { scope: "col" }, text)));
   const groups = pairs.filter((each) => each.setting === setting);
