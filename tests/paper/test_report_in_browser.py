@@ -1,4 +1,4 @@
-"""The report in Chromium: sorting, filters and pairs do what they say, by keyboard too; all fits, is legible."""
+"""The report in Chromium: sorting, filters and pairs do what they say, by keyboard too; all is legible."""
 
 import csv
 import json
