@@ -64,6 +64,11 @@ class Table:
         texts = ((rank, item.text) for row in self.rows for rank, item in enumerate(row))
         return {0, *(rank for rank, text in texts if len(text) > PROSE)}
 
+    def words(self) -> set[int]:
+        """The columns whose first text begins with a letter: the page sets them left and breaks their lines."""
+        first = self.rows[0] if self.rows else []
+        return {rank for rank, item in enumerate(first) if item.text[:1].isalpha()}
+
     def footnotes(self) -> dict[str, str]:
         """The distinct footnotes in order of appearance, each with its mark: one letter, then two of them."""
         notes = dict.fromkeys(note for row in self.rows for item in row for note in item.notes)
