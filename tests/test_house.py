@@ -17,7 +17,7 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "dynat/fleet": 1530,
     "dynat/accept": 510,
     "dynat/publish": 710,
-    "dynat/paper": 1560,
+    "dynat/paper": 1610,
     "dynat/evaluation": 1010,
     "dynat/methods": 1135,
     "dynat/networks": 500,

@@ -65,7 +65,7 @@ class Table:
         return {0, *(rank for rank, text in texts if len(text) > PROSE)}
 
     def words(self) -> set[int]:
-        """The columns whose first text begins with a letter: the page sets them left and breaks their lines."""
+        """The columns whose first text begins with a letter; the page sets them left and breaks lines."""
         first = self.rows[0] if self.rows else []
         return {rank for rank, item in enumerate(first) if item.text[:1].isalpha()}
 
