@@ -7,7 +7,7 @@ significantly the other way round contradicts it.
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
-from itertools import product
+from itertools import chain, product
 from typing import Any
 
 from dynat.paper.cells import name
@@ -74,16 +74,20 @@ def decisions(settings: Iterable[str], judged: Judged) -> list[Decision]:
 
 
 def _run(key: str, claim: dict[Any, Any], setting: str, judged: Judged) -> Decision:
-    recipes = values().drop_duplicates("row").set_index("row")["recipe"].to_dict()
-    sides = [[recipes[row] for row in claim[side]] for side in ("better", "worse")]
     found, absent = {}, []
-    for a, b, column in dict.fromkeys(product(*sides, claim["columns"])):
+    for a, b, column in dict.fromkeys(product(*_recipes(claim), claim["columns"])):
         runs = [judged.get((setting, method, column), {}) for method in (a, b)]
         if a != b and (each := compare(*runs)):
             found[a, b, column] = each
         elif a != b:
             absent += [method for method, own in ((a, runs[0]), (b, runs[1])) if not own]
     return Decision(key, setting, setting != claim["setting"], found, tuple(dict.fromkeys(absent)))
+
+
+def _recipes(claim: dict[Any, Any]) -> list[list[str]]:
+    """The recipes of the rows that a claim calls better, and of those that it calls worse."""
+    recipes = values().drop_duplicates("row").set_index("row")["recipe"].to_dict()
+    return [[recipes[row] for row in claim[side]] for side in ("better", "worse")]
 
 
 def _corrected(found: list[Decision]) -> list[Decision]:
@@ -114,8 +118,10 @@ def _published(found: list[Decision]) -> Table:
     for key, claim in claims().to_dict("index").items():
         text, n, carried, notes = _weakest(claim)
         verdict = own[key].verdict if key in own else f"{UNDECIDED}: {UNTOLD}"
-        items = [Item(each) for each in (str(key), claim["text"], claim["place"])]
-        table.rows.append([*items, Item(text, notes), *map(Item, (n, carried, verdict))])
+        methods = tuple(dict.fromkeys(chain(*_recipes(claim))))
+        label = Item(str(key), setting=claim["setting"], methods=methods)
+        items = [*map(Item, (claim["text"], claim["place"])), Item(text, notes)]
+        table.rows.append([label, *items, *map(Item, (n, carried, verdict))])
     return table
 
 
@@ -161,8 +167,10 @@ def _decided(setting: str, found: list[Decision]) -> Table:
         notes = (f"without {', '.join(each.absent)}: not run",) if each.absent else ()
         gap = f"{pair.difference:+.2f} [{pair.low:.1f}, {pair.high:.1f}]"
         says, compared = str(claims().at[each.claim, "text"]), f"{a} − {b}, {which}{of}"
-        items = [*map(Item, (each.claim, says, compared, gap, str(pair.n), f"{each.p:.2g}"))]
-        table.rows.append([*items, Item(each.verdict, notes), Item(needed(each))])
+        methods = tuple(dict.fromkeys(chain(*(key[:2] for key in each.found))))
+        label = Item(each.claim, setting=setting, methods=methods)
+        items = [*map(Item, (says, compared, gap, str(pair.n), f"{each.p:.2g}"))]
+        table.rows.append([label, *items, Item(each.verdict, notes), Item(needed(each))])
     return table
 
 

@@ -56,7 +56,8 @@ def _matrix(setting: str, column: str, pairs: pd.DataFrame) -> Table:
             mark = "" if each["significant"] else " n.s."
             texts[each[key[0]], each[key[1]]] = f"{sign * each['difference'] + 0.0:+.2f}{mark}"
     methods = list(dict.fromkeys(chain(pairs["first"], pairs["second"])))
-    rows = [[Item(row), *(Item(texts.get((row, each), "")) for each in methods)] for row in methods]
+    labels = [Item(method, setting=setting, methods=(method,)) for method in methods]
+    rows = [[row, *(Item(texts.get((row.text, each), "")) for each in methods)] for row in labels]
     return Table(f"{setting}: {name(column)}", text, ["Method", *methods], rows)
 
 
@@ -75,7 +76,7 @@ def _variances(setting: str, compared: Compared) -> Table:
                 text = f"{each.difference:.2f} [{each.low:.1f}, {each.high:.1f}]; "
                 text += f"trainings {each.training_sd:.2f}, images {each.sample_se:.2f}"
             items.append(Item(text))
-        table.rows.append([Item(method), *items])
+        table.rows.append([Item(method, setting=setting, methods=(method,)), *items])
     return table
 
 
@@ -92,5 +93,6 @@ def _power(setting: str, pairs: pd.DataFrame, several: bool) -> Table:
         if several:
             sd, se = own["training_sd"].median(), own["sample_se"].median()
             texts += [f"{sd:.2f}", *(seeds_needed(d, sd, se) or "none" for d in POINTS)]
-        table.rows.append([Item(name(str(column))), *(Item(str(each)) for each in texts)])
+        label = Item(name(str(column)), setting=setting)
+        table.rows.append([label, *(Item(str(each)) for each in texts)])
     return table

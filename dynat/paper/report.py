@@ -1,13 +1,16 @@
 """``metrics/report.html``: tables beside the published values, figures, and the source of every number.
 
-One file without scripts, from ``templates``; a number opens the sheet that says how it was counted.
+One file from ``templates``; a number opens the sheet that says how it was counted. Its one script sorts,
+filters and lays two methods side by side; without it the page is complete.
 """
 
 import base64
+import hashlib
 import io
 import re
 import shlex
 from functools import cache
+from importlib.resources import files
 from pathlib import Path
 from typing import Any
 
@@ -34,15 +37,43 @@ def render(found: Tabulation, root: Path = Path()) -> str:
         {"id": "claims", "title": "The paper's claims"},
         {"id": "pairs", "title": "Methods in pairs"},
     ]
+    script = files(__package__).joinpath("templates/report.js").read_text("utf-8")
+    digest = base64.b64encode(hashlib.sha256(script.encode()).digest()).decode()
     page = templates().get_template("report.html")
-    return page.render(sections=sections, tables=found.tables, cells=found.cells.to_dict("index"))
+    cells, pairs = found.cells.to_dict("index"), paired(found)
+    return page.render(
+        sections=sections, tables=found.tables, cells=cells, pairs=pairs, script=script, digest=digest
+    )
 
 
 def recounted(found: Tabulation) -> list[str]:
-    """The parts of the report that come from verdicts alone: its tables and the sheets of all cells."""
+    """The parts of the report that come from verdicts alone: tables, the sheets of all cells, the pairs."""
     macros: Any = templates().get_template("macros.html").module
-    sheets = macros.sheets(found.cells.to_dict("index"))
-    return [str(part) for part in (*map(macros.tables_of, found.tables.values()), sheets)]
+    tables, cells = map(macros.tables_of, found.tables.values()), found.cells.to_dict("index")
+    return [str(part) for part in (*tables, macros.sheets(cells), macros.pairs_data(paired(found)))]
+
+
+def paired(found: Tabulation) -> list[dict[str, Any]]:
+    """What the page's script can lay side by side: a dictionary per setting and attack, of text alone.
+
+    ``sheets`` maps each method to the id of the sheet with its accuracy. ``pairs`` are lists: both methods,
+    their difference in points, the ends of its 95 % interval, p, p after Holm's correction, n.
+    """
+    ours = found.cells[found.cells["table"].isin(found.params.settings)]
+    groups = []
+    for (setting, column), own in found.compared.pairs.groupby(["setting", "column"], sort=False):
+        cells = ours[(ours["setting"] == setting) & (ours["column"] == column)]
+        pairs = [
+            [each["first"], each["second"], f"{each['difference']:+z.2f}"]
+            + [f"{each[end]:+z.1f}" for end in ("low", "high")]
+            + [*(f"{each[p]:.2g}" for p in ("p", "holm")), str(each["n"])]
+            for each in own.to_dict("records")
+        ]
+        sheets = {  # the mean over seeds comes last
+            method: f"a-{slug(key)}" for method, key in zip(cells["method"], cells["cell"], strict=True)
+        }
+        groups.append({"setting": setting, "column": name(str(column)), "sheets": sheets, "pairs": pairs})
+    return groups
 
 
 @cache
@@ -51,6 +82,7 @@ def templates() -> Environment:
     found = Environment(loader=PackageLoader("dynat.paper"), autoescape=True, undefined=StrictUndefined)
     found.trim_blocks = found.lstrip_blocks = True
     found.filters.update(slug=slug, name=name, quote=shlex.quote, data_uri=data_uri)
+    found.policies["json.dumps_kwargs"] = {}  # keys in their order
     return found
 
 

@@ -42,11 +42,13 @@ Usual = dict[str, dict[str, Any]]  # column -> the value of each of DEPARTURES t
 
 @dataclass(frozen=True)
 class Item:
-    """A text in a table, its footnotes, and its key if it is a cell."""
+    """A text in a table, its footnotes, and its key if it is a cell; of a label, what its row is about."""
 
     text: str = ""
     notes: tuple[str, ...] = ()
     key: str | None = None
+    setting: str = ""
+    methods: tuple[str, ...] = ()  # recipes
 
 
 @dataclass
@@ -62,6 +64,11 @@ class Table:
         """The columns that are set left: that of the labels, and those with a text of more than a number."""
         texts = ((rank, item.text) for row in self.rows for rank, item in enumerate(row))
         return {0, *(rank for rank, text in texts if len(text) > PROSE)}
+
+    def words(self) -> set[int]:
+        """The columns whose first text begins with a letter; the page sets them left and breaks lines."""
+        first = self.rows[0] if self.rows else []
+        return {rank for rank, item in enumerate(first) if item.text[:1].isalpha()}
 
     def footnotes(self) -> dict[str, str]:
         """The distinct footnotes in order of appearance, each with its mark: one letter, then two of them."""
@@ -90,7 +97,8 @@ def setting_tables(
     head = ["Method", "Epoch (chosen / last)", *_headings(LAST, usual), "Robust overfitting"]
     last = Table(f"{setting}, last epoch", other, head)
     for method in params.methods(setting):
-        label = Item(method, tuple(results.failed_checks[setting, method]))
+        failed = tuple(results.failed_checks[setting, method])
+        label = Item(method, failed, setting=setting, methods=(method,))
         epochs = Item(", ".join(results.epochs[setting, method]))
         chosen.rows.append([label, *(items.get((method, column), Item()) for column in best)])
         if method in params.checkpoint:  # which has one epoch
@@ -148,18 +156,20 @@ def paper_table(number: int, params: Params, results: Results, cells: pd.DataFra
         own = [tuple(text for text in each if text not in of_all) for each in doubts]
         theirs = map(Item, (each["published"] for each in row.values()), own)
         label = f"{first['method']} ({first['target']})" if number == 3 else first["method"]
-        table.rows.append([Item(label, of_all), Item("paper"), *theirs])
         sources = {name: f"{name}/" for name, of in params.published_weights.items() if of == first["row"]}
-        for method, behind in (sources | {first["recipe"]: ""}).items():
+        sources |= {first["recipe"]: ""}
+        of_row = Item(label, of_all, setting=first["setting"], methods=tuple(sources))
+        table.rows.append([of_row, Item("paper"), *theirs])
+        for method, behind in sources.items():
             notes = [f"checkpoint {method}"] * bool(behind)
             notes += results.failed_checks[first["setting"], method]
-            label = Item(PUBLISHED_WEIGHTS if behind else HERE, tuple(notes))
+            source = Item(PUBLISHED_WEIGHTS if behind else HERE, tuple(notes))
             keys = {f"{first['row']}/{behind}{each['column']}": each["images"] for each in row.values()}
-            gaps = [Item("difference"), *(gap(key, n) for key, n in keys.items())]
+            differences = [Item("difference"), *(gap(key, n) for key, n in keys.items())]
             ran = bool(keys.keys() & items.keys())
             if ran or not behind:
-                table.rows.append([Item(), label, *(items.get(key, Item()) for key in keys)])
-            table.rows += [[Item(), *gaps]] * ran
+                table.rows.append([Item(), source, *(items.get(key, Item()) for key in keys)])
+            table.rows += [[Item(), *differences]] * ran
     return table
 
 

@@ -24,11 +24,12 @@ UNION = f"metrics/autoattack/{SETTING}/dynat/0.json"
 
 @pytest.fixture(scope="module")
 def tabulated(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Two seeds of one method, tabulated; not to be changed."""
+    """Two seeds of one method, one of another, tabulated; not to be changed."""
     folder = tmp_path_factory.mktemp("tabulated")
-    chosen = params([], ["dynat"], (0, 1), (SETTING,))
+    chosen = params([], ["dynat", "dynat_awp"], (0, 1), (SETTING,))
     for seed in (0, 1):
         write(folder, "dynat", COUNTS, setting=SETTING, aa={40: 27 + seed}, seed=seed)
+    write(folder, "dynat_awp", COUNTS, setting=SETTING)
     (folder / "params.yaml").write_text(yaml.safe_dump(chosen.model_dump(mode="json")))
     for name, text in files(chosen, folder).items():
         (folder / name).parent.mkdir(parents=True, exist_ok=True)
@@ -132,6 +133,7 @@ def test_a_metric_that_its_verdicts_do_not_count_is_named(root: Path) -> None:
         ("metrics/plots/accuracy.csv", "67.50", "87.50"),
         ("metrics/report.html", r">68\.75</a>", ">88.75</a>"),
         ("metrics/report.html", "27 of 40 robust", "37 of 40 robust"),
+        ("metrics/report.html", r'"dynat_awp", "\+0\.00"', '"dynat_awp", "+1.00"'),
     ],
 )
 def test_a_digit_changed_in_a_table_is_named(root: Path, name: str, pattern: str, text: str) -> None:
