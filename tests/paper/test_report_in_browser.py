@@ -227,6 +227,7 @@ def test_two_methods_lie_side_by_side_as_in_the_files(page: Page, first: str, se
     choose(chrome, "first", first)
     assert texts(chrome, "#pair") == []
     choose(chrome, "second", second)
+    assert texts(chrome, "#status")[0].endswith(f" {first} and {second} side by side.")
     with (ROOT / "metrics/tables/pairs.csv").open(encoding="utf-8") as file:
         rows = [row for row in csv.DictReader(file) if {row["first"], row["second"]} == {first, second}]
     cells = read_cells()
