@@ -8,12 +8,13 @@ import shlex
 import subprocess
 import sys
 from html.parser import HTMLParser
+from itertools import product
 from pathlib import Path
 
 import numpy as np
 import pytest
 from safetensors.numpy import save_file
-from synthetic import COUNTS, files, history, params, put, write
+from synthetic import COUNTS, files, history, params, put, records, write
 
 from dynat.paper.report import data_uri, perturbed, recounted, render, slug
 from dynat.paper.tabulation import tabulate
@@ -123,6 +124,28 @@ def test_every_number_opens_a_sheet_with_its_counts_and_command(report: str, res
     assert "27 of 40 robust to AutoAttack" in sheets["a-toy-dynat-0-aa"]
     assert "metrics/autoattack/toy/dynat/0.verdicts.json" in sheets["a-toy-dynat-0-aa"]
     assert "74 of 100 robust to PGD-20" in sheets["a-toy-dynat-0-pgd20"]
+
+
+def test_pairs_in_the_page_are_those_of_the_file_and_open_the_mean_over_seeds(tmp_path: Path) -> None:
+    chosen = params(["trades"], ["dynat"], (0, 1))
+    for seed, method in product((0, 1), ("trades", "dynat")):
+        counts = COUNTS | {"pgd20": 60 + seed + len(method)}
+        write(tmp_path, method, counts, seed=seed, aa={40: 27})
+    page = render(tabulate(chosen, tmp_path), tmp_path)
+    (text,) = re.findall(r'id="pairs-data">(.*?)</script>', page, flags=re.DOTALL)
+    groups, rows = json.loads(text), records(files(chosen, tmp_path)["metrics/tables/pairs.csv"])
+    assert [each["column"] for each in groups][:4] == ["Clean", "FGSM", "PGD-10", "PGD-20"]
+    assert groups[3]["sheets"] == {each: f"a-toy-{each}-mean-pgd20" for each in ("trades", "dynat")}
+    assert {sheet for each in groups for sheet in each["sheets"].values()} <= {*Page(page).ids}
+    for group, row in zip(groups, rows, strict=True):
+        ((first, second, *numbers),) = group["pairs"]
+        assert (first, second) == (row["first"], row["second"])
+        points, rest = numbers[:3], numbers[3:]
+        wanted = [float(row[name]) for name in ("difference", "low", "high")]
+        assert [float(each) for each in points] == pytest.approx(wanted, abs=0.051)
+        assert [float(each) for each in rest] == pytest.approx(
+            [float(row[n]) for n in ("p", "holm", "n")], 0.05
+        )
 
 
 def test_published_values_and_rows_not_run_are_there(report: str) -> None:

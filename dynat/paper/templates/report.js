@@ -55,7 +55,7 @@ function read(text) {
   };
 }
 
-function changed(message = "") {
+function changed(message) {
   history.replaceState(null, "", `#${fragment()}`);
   show(message);
 }
@@ -132,10 +132,10 @@ function filter() {
     const method = !view.methods.length || !of.length || of.some((each) => view.methods.includes(each));
     row.hidden = !method || Boolean(view.setting && (row.dataset.setting ?? view.setting) !== view.setting);
   }
-  const empty = (element, parts) => parts.length > 0 && parts.every((part) => part.hidden);
-  for (const part of all(".part")) part.hidden = empty(part, all("tbody tr", part));
-  for (const section of all("main > section[id]")) {
-    section.hidden = section.id !== "tools" && empty(section, all(".part", section));
+  const nothingOf = (parts) => parts.length > 0 && parts.every((part) => part.hidden);
+  for (const part of all(".part")) part.hidden = nothingOf(all("tbody tr", part));
+  for (const section of all("main > section:not(#tools)")) {
+    section.hidden = nothingOf(all(".part", section));
     all(`nav a[href="#${section.id}"]`).forEach((link) => (link.parentElement.hidden = section.hidden));
   }
   the("setting").value = view.setting;
@@ -215,12 +215,13 @@ function start() {
     const known = compared(the("pair-setting").value);
     const both = ["first", "second"].map((id) => the(id).value).map((each) => (known.includes(each) ? each : ""));
     view.pair = [the("pair-setting").value, ...both];
-    changed();
+    changed(both.every(Boolean) ? `${both.join(" and ")} side by side.` : "");
   });
   the("reset").addEventListener("click", () => {
     view = read("");
-    changed();
+    changed("");
   });
+  the("comparison").hidden = !pairs.length;
   the("tools").hidden = false;
 }
 
