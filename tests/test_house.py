@@ -17,7 +17,7 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "dynat/fleet": 1530,
     "dynat/accept": 515,
     "dynat/publish": 715,
-    "dynat/paper": 1675,
+    "dynat/paper": 1680,
     "dynat/evaluation": 1010,
     "dynat/methods": 1345,
     "dynat/networks": 745,
@@ -63,7 +63,7 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12140
+    assert sum(sizes.values()) <= 12150
     assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4640
 
 

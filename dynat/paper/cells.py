@@ -30,13 +30,9 @@ FORMATS = {
 FIELDS = ["cell", "table", "row", "setting", "method", "seed", "column", "checkpoint", "attack", "text"]
 FIELDS += ["rule", "format", "mean", "numbers", *NUMBERS, "epsilon", "attack_seed", "caveats"]
 FIELDS += ["measurements", "published", "difference"]
+# in the order of the tables
 NAMES = {"clean": "Clean", "fgsm": "FGSM", "pgd": "PGD-{}", "cw": "C&W", "apgd-ce": "APGD-CE", "aa": "AA"}
-NAMES |= {
-    "aa-n": "AA",
-    "aa@": "AA at ε = {}",
-    "all": "All",
-    IN_AA: "APGD-CE in AA",
-}  # in the order of the tables
+NAMES |= {"aa-n": "AA", "aa@": "AA at ε = {}", "all": "All", IN_AA: "APGD-CE in AA"}
 Measured = dict[Any, Any]  # a Measurement as a dictionary
 
 
