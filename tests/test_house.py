@@ -17,13 +17,13 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "dynat/fleet": 1530,
     "dynat/accept": 515,
     "dynat/publish": 715,
-    "dynat/paper": 1680,
+    "dynat/paper": 1690,
     "dynat/evaluation": 1010,
-    "dynat/methods": 1345,
+    "dynat/methods": 1425,
     "dynat/networks": 745,
     "dynat/data": 655,
     "dynat/runtime": 1375,
-    "dynat/config": 900,
+    "dynat/config": 945,
     "dynat/cost.py": 195,
     "dynat/errors.py": 10,
 }
@@ -63,8 +63,8 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12150
-    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4640
+    assert sum(sizes.values()) <= 12290
+    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4770
 
 
 def test_no_module_is_longer_than_330_lines_and_no_function_than_50() -> None:

@@ -94,8 +94,8 @@ def turns(recipe: Any) -> list[int]:
 
 
 def _steps(place: str, training: Any, epoch: int, count: int, losses: list[Any]) -> Values:
-    training.engine.set_epoch(epoch)
     for number, batch in zip(range(count), training.batches(epoch), strict=False):
+        training.begin(epoch, number)
         losses.append(training.engine.step(batch))
         for name, value in losses[-1]._asdict().items():
             yield f"{place}, step {number}: {name}", value.item()

@@ -30,7 +30,7 @@ MARGIN = 1e-4  # of logits: other hardware rounds differently, and an attack sto
 SAMPLES = 20  # robust verdicts that are attacked again
 REFUTED = 0.1  # the share of them that rounding does not explain
 TOLERANCE = 1e-3  # relative, of a replayed loss on another kind of machine
-FILES = {"best": "target.safetensors", "last": "target.last.safetensors"}
+FILES = {"best": "target.safetensors", "last": "target.last.safetensors", "ema": "target.ema.safetensors"}
 
 
 @dataclass
@@ -178,8 +178,8 @@ def _losses(run: Run, steps: int) -> list[dict[str, float]]:
     training, _, _ = set_up(run)
     losses: list[dict[str, float]] = []
     for epoch in range(training.recipe.schedule.epochs):
-        training.engine.set_epoch(epoch)
-        for batch in islice(training.batches(epoch), steps - len(losses)):
+        for number, batch in enumerate(islice(training.batches(epoch), steps - len(losses))):
+            training.begin(epoch, number)
             done = training.engine.step(batch)
             losses.append({"target_loss": done.target_loss.item(), "guide_loss": done.guide_loss.item()})
     return losses

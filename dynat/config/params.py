@@ -23,7 +23,8 @@ from dynat.config.fields import (
     radius,
 )
 from dynat.config.network import Checkpoint, Hash, Network, Urls
-from dynat.config.recipe import Precision, Recipe, Train, rescale
+from dynat.config.recipe import Precision, Recipe
+from dynat.config.train import Train, rescale
 from dynat.errors import UserError
 
 Name = Annotated[str, Field(pattern=r"^[A-Za-z0-9][A-Za-z0-9_]*$")]

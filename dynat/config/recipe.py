@@ -121,7 +121,7 @@ class Perturbation(Section):
 
 
 class Smoothing(Section):
-    """Label smoothing of the two networks' cross entropies."""
+    """Label smoothing of the two networks' cross entropies, those of the attack and of awp apart."""
 
     target: BelowOne = 0.0
     guide: BelowOne = 0.0
@@ -139,9 +139,21 @@ class BatchNorm(Section):
     guide: Count = 1
 
 
-class Schedule(Section):
-    """Optimiser and learning rate, in the method's own epochs (0-indexed)."""
+class Average(Section):
+    """An exponential moving average of the target's weights (docs/methods.md, section 18)."""
 
+    tau: BelowOne  # the share that stays in a step, in the end; less in the first steps
+    begin: Index = 0  # first epoch
+
+
+class Schedule(Section):
+    """Optimiser and learning rate, in the method's own epochs (0-indexed).
+
+    ``shape``: by ``drops``, or one of three that change with every step and have no drops (docs/methods.md,
+    section 18).
+    """
+
+    shape: Literal["steps", "linear", "cosine", "cyclic"] = "steps"
     epochs: Count
     lr: Positive
     first_epoch_lr: Positive | None = None
@@ -164,6 +176,7 @@ class Recipe(Section):
     smoothing: Smoothing = Smoothing()
     batch_norm: BatchNorm = BatchNorm()
     schedule: Schedule
+    ema: Average | None = None
     padding: Literal["zero", "reflect"] = "zero"
     rotation: Annotated[Number, Field(ge=0, le=180)] = 0.0  # degrees
     normalise: bool = False  # with the study's mean and std, inside the network
@@ -221,44 +234,26 @@ def _demands(recipe: Recipe) -> Iterator[tuple[object, object, KeyedError]]:
     yield weights.terms == "kl", outer.beta, KeyedError("weights.terms=kl", "needs outer.beta above 0")
     scaled = adversarial != "none" or outer.soft.adversarial
     yield recipe.alpha != 1, scaled, KeyedError("alpha", "there is no adversarial term")
-    norm, ce = recipe.batch_norm, adversarial == "ce"
+    norm, ce = recipe.batch_norm, adversarial == "ce" or outer.natural_ce
     yield recipe.smoothing.target, ce, KeyedError("smoothing.target", "no cross entropy to smooth")
     if norm.target is not None:
         listed = {name.removesuffix("_after") for name in norm.target}
         for name, read in outer.reads.items():
             yield read, name in listed, KeyedError("batch_norm.target", f"list {name}, which outer forwards")
+    for key, value in (("drops", recipe.schedule.drops), ("first_epoch_lr", recipe.schedule.first_epoch_lr)):
+        own = KeyedError(f"schedule.{key}", f"not used by shape={recipe.schedule.shape}; remove it")
+        yield recipe.schedule.shape != "steps", not value, own
     stop, epochs = inner.stop or Stop(), recipe.schedule.epochs
     first = {
         "schedule.drops": max(recipe.schedule.drops, default=0),
         "awp.begin": awp.begin if awp else 0,
+        "ema.begin": recipe.ema.begin if recipe.ema else 0,
         "weights.begin": weights.begin if weighted else 0,
         "inner.stop.budget": max(stop.budget, default=0),
         "inner.stop.ramp_until": stop.ramp_until - 1,
     }
     for key, epoch in first.items():  # a single epoch, as one tries a recipe out, comes before all of them
         yield epochs > 1, epoch < epochs, KeyedError(key, f"never reached with schedule.epochs={epochs}")
-
-
-class Train(Section):
-    """How a setting trains. A value beside null overrides every recipe; its other numbers scale along."""
-
-    epsilon: Radius | None = None  # step size and noise scale in proportion
-    epochs: Count | None = None  # every epoch number of the recipe scales in proportion
-    lr: Positive | None = None  # the first epoch's rate scales in proportion
-    weight_decay: NonNegative | None = None
-    steps: Count | None = None  # of the inner attack; a recipe without one stays without
-    batch: Count = 128
-    pad: Index = 4
-    flip: bool = True
-    mean: list[Number] | None = None  # one entry per channel, like std
-    std: list[Positive] | None = None
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"  # auto: tf32 on CUDA, else fp32
-    # compiled: what an eval-mode inner attack forwards, by torch.compile; graph: that, and on a single CUDA
-    # device a whole step as one CUDA graph
-    engine: Literal["eager", "compiled", "graph"] = "eager"
-    # first n images of the training and of the test set that are looked at after an epoch; null: all of test
-    monitored: Count | None = None
-    validation_steps: Count = 10  # PGD steps of the robust accuracy that chooses the checkpoint
 
 
 def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
@@ -269,36 +264,3 @@ def _merge(base: dict[str, Any], changes: Mapping[str, Any]) -> dict[str, Any]:
             value = _merge(old, value)
         merged[key] = value
     return merged
-
-
-def rescale(recipe: Recipe, train: Train) -> Recipe:
-    """Bring a recipe's own scale to the setting's, every dependent number in proportion."""
-    values = recipe.model_dump()
-    inner, schedule, stop = values["inner"], values["schedule"], values["inner"]["stop"] or {}
-    if train.epsilon and train.epsilon != recipe.inner.epsilon:
-        for section in (inner, stop):
-            for key in {"step", "noise"} & section.keys():  # share first: a step of epsilon stays epsilon
-                section[key] = train.epsilon * (section[key] / recipe.inner.epsilon)
-        inner["epsilon"] = train.epsilon
-    if train.steps and recipe.inner.steps > 0:
-        inner["steps"] = train.steps
-    if train.lr:
-        if schedule["first_epoch_lr"]:
-            schedule["first_epoch_lr"] *= train.lr / schedule["lr"]
-        schedule["lr"] = train.lr
-    if train.weight_decay is not None:
-        schedule["weight_decay"] = train.weight_decay
-    if train.epochs:
-        for section in (schedule, stop, values["weights"], values["awp"] or {}):
-            for key in {"drops", "budget", "begin", "ramp_until"} & section.keys():
-                section[key] = _rescaled(section[key], schedule["epochs"], train.epochs)
-        schedule["epochs"] = train.epochs
-    return Recipe(**values)
-
-
-def _rescaled(epoch: Any, own: int, epochs: int) -> Any:
-    """An epoch of ``own`` as one of ``epochs``, or a table by epoch; what is not on at first never is."""
-    if isinstance(epoch, dict):
-        table = {_rescaled(first, own, epochs): value for first, value in sorted(epoch.items())}
-        return {first: value for first, value in table.items() if first < epochs}
-    return max(epoch * epochs // own, min(epoch, 1))

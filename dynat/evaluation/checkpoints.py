@@ -11,7 +11,8 @@ from dynat.evaluation.whitebox import ATTACKS, evaluate
 from dynat.runtime import distributed
 from dynat.runtime.machine import precision_of
 
-CHECKPOINTS = (("best", "target", ATTACKS), ("last", "target.last", ("pgd",)))
+PGD = ("pgd",)
+CHECKPOINTS = (("best", "target", ATTACKS), ("last", "target.last", PGD), ("ema", "target.ema", PGD))
 
 
 def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks) -> Evaluation:
@@ -21,6 +22,8 @@ def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks
     if (precision := precision_of(spec.precision, images.device)) != "fp32":
         header["precision"] = precision
     for checkpoint, name, attacks in CHECKPOINTS:
+        if checkpoint == "ema" and not (networks.folder / f"{name}.safetensors").exists():
+            continue
         network, epoch = networks.load(name)
         header |= {f"{checkpoint}_epoch": epoch} if epoch is not None else {}
         own = replace(chunks, prefix=f"{checkpoint} ")

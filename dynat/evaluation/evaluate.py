@@ -52,7 +52,7 @@ class TrainedNetworks:
 class Evaluation:
     """What the files of an evaluation hold."""
 
-    evidence: dict[str, dict[str, Evidence]]  # by checkpoint ("best", "last") and attack
+    evidence: dict[str, dict[str, Evidence]]  # by checkpoint ("best", "last", "ema") and attack
     header: dict[str, Any]  # of the metrics: epochs, warnings
     union: dict[str, Accuracy] = field(default_factory=dict)  # AutoAttack's on the first n images, by "n<n>"
     sanity: dict[str, Any] | None = None  # content of metrics/sanity, if the evaluation was checked

@@ -10,7 +10,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from dynat.config.recipe import Recipe, Train
+from dynat.config.recipe import Recipe
+from dynat.config.train import Train
 from dynat.data.splits import Splits, augment, to_unit
 from dynat.runtime import distributed
 

@@ -113,7 +113,7 @@ def target_loss(
     loss = torch.zeros((), device=truth.device)
     if objective.natural_ce:
         assert natural is not None
-        loss = loss + float(objective.natural_ce) * smoothed_ce(natural, truth).mean()
+        loss = loss + float(objective.natural_ce) * smoothed_ce(natural, truth, smoothing).mean()
     if objective.adversarial != "none":
         if objective.adversarial == "ce":
             each = smoothed_ce(adversarial, labels, smoothing)

@@ -5,13 +5,15 @@ batch-norm statistics are brought to what the published code would have (dynat.n
 docs/methods.md, sections 3.1 and 13).
 """
 
+import math
 from contextlib import AbstractContextManager, nullcontext
 from typing import NamedTuple
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
-from dynat.config.recipe import Recipe
+from dynat.config.recipe import Recipe, Schedule
 from dynat.methods import objectives
 from dynat.methods.batches import Batch
 from dynat.methods.inner import InnerMaximisation, autocast, latest, threshold_and_budget
@@ -39,12 +41,29 @@ class Constants(NamedTuple):
     progress: float = 1.0  # share of the epochs, this one included, where IGDM's term grows with it
 
 
-def constants(recipe: Recipe, epoch: int) -> Constants:
-    """The constants of a step in ``epoch`` (0-indexed)."""
-    schedule, awp, stop = recipe.schedule, recipe.awp, recipe.inner.stop
-    rate = schedule.lr * latest(schedule.drops, epoch, 1.0)
+def learning_rate(schedule: Schedule, epoch: int, share: float) -> float:
+    """The rate of the step with which ``share`` of ``epoch`` (0-indexed) is done, in (0,1].
+
+    Of t = epoch + share epochs of E, as P2333/Bag-of-Tricks-for-AT has them per step: cosine is
+    lr (1 + cos(pi t / E)) / 2; linear stays at lr to E/3, falls to lr/10 at 2E/3 and to lr/100 at E; cyclic
+    rises from 0 to lr at 2E/5 and falls to 0 at E (docs/methods.md, section 18).
+    """
+    lr, end, t = schedule.lr, schedule.epochs, epoch + share
+    if schedule.shape == "cosine":
+        return lr * (1 + math.cos(math.pi * t / end)) / 2
+    if schedule.shape == "linear":
+        return float(np.interp(t, [0, end / 3, 2 * end / 3, end], [lr, lr, lr / 10, lr / 100]))
+    if schedule.shape == "cyclic":
+        return float(np.interp(t, [0, 2 * end / 5, end], [0, lr, 0]))
     if epoch == 0 and schedule.first_epoch_lr is not None:
-        rate = schedule.first_epoch_lr
+        return schedule.first_epoch_lr
+    return schedule.lr * latest(schedule.drops, epoch, 1.0)
+
+
+def constants(recipe: Recipe, epoch: int, share: float = 1.0) -> Constants:
+    """The constants of the step with which ``share`` of ``epoch`` (0-indexed) is done."""
+    schedule, awp, stop = recipe.schedule, recipe.awp, recipe.inner.stop
+    rate = learning_rate(schedule, epoch, share)
     weighted = recipe.weights.rule != "uniform" and epoch >= recipe.weights.begin
     perturbed = awp is not None and epoch >= awp.begin
     progress = (epoch + 1) / schedule.epochs if recipe.outer.soft.gradient > 0 else 1.0
@@ -106,9 +125,9 @@ class Engine:
         self.momenta = dict(zip(self.order, effective_momenta(during, self.order), strict=True))
         self.updates = {name: during.count(name) for name in self.order}
 
-    def set_epoch(self, epoch: int) -> None:
-        """Set the learning rate of ``epoch`` (0-indexed) and remember it for schedules and burn-ins."""
-        self.constants = constants(self.recipe, epoch)
+    def set_epoch(self, epoch: int, share: float = 1.0) -> None:
+        """Set what depends on ``epoch`` (0-indexed), and on the ``share`` of it that the step completes."""
+        self.constants = constants(self.recipe, epoch, share)
         self.optimizer.param_groups[0]["lr"] = self.constants.lr
         self.epoch = epoch
 

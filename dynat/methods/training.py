@@ -1,7 +1,7 @@
 """A whole training: epochs, held-out selection, history, resume, the folder that it leaves."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
@@ -9,8 +9,10 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.swa_utils import AveragedModel
 
-from dynat.config.recipe import Precision, Train
+from dynat.config.recipe import Precision
+from dynat.config.train import Train
 from dynat.data.splits import Splits, to_unit
 from dynat.errors import DivergedError
 from dynat.methods import attacks
@@ -25,6 +27,7 @@ from dynat.runtime.files import replaced, write_csv
 PATIENCE = 10  # epochs at the least before a target that learns nothing is given up
 PATIENT_SHARE = 0.2  # of all epochs, if that is more
 TRACED_STEPS = 100  # first steps whose losses are kept, for replaying them in an audit
+EMA = "ema_"  # before an accuracy of the moving average, in the history
 Row = dict[str, float]
 State = dict[str, Tensor]
 
@@ -38,7 +41,31 @@ class Progress:
     history: list[Row] = field(default_factory=list)
     trace: list[Row] = field(default_factory=list)
     best_epoch: int = -1
+    best_is_average: bool = False  # the target's best weights: those of the moving average
     best: dict[str, State] = field(default_factory=dict)  # "target", "guide" -> weights of the best epoch
+
+
+def moving_average(network: nn.Module, tau: float) -> AveragedModel:
+    """The moving average W of a network's parameters w, at first a copy; its buffers are the network's.
+
+    W <- r W + (1 - r) w with r = min(tau, (1 + d) / (10 + d)) at the d-th update after the first
+    (imrahulr/adversarial_robustness_pytorch; docs/methods.md, section 18).
+    """
+
+    @torch.no_grad()
+    def update(averaged: Sequence[Tensor], present: Sequence[Tensor], _: Tensor | int) -> None:
+        done = int(average.n_averaged)
+        rate = min(tau, (1 + done) / (10 + done))
+        for mean, weight in zip(averaged, present, strict=True):
+            mean.lerp_(weight, 1 - rate)
+
+    average = AveragedModel(network, multi_avg_fn=update).requires_grad_(False)
+    return average
+
+
+def _kept(network: nn.Module) -> State:
+    """A copy of the weights in the computer's memory."""
+    return {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
 
 
 class Training:
@@ -56,8 +83,10 @@ class Training:
         self.precision = precision
         self.folded: dict[str, Folded] = {}  # what is looked at after an epoch, since the first
         one_gpu = engine.device.type == "cuda" and distributed.size() == 1
-        captured = train.engine == "graph" and one_gpu
+        by_epoch = self.recipe.schedule.shape == "steps"  # else a graph would be recorded for every step
+        captured = train.engine == "graph" and one_gpu and by_epoch
         self.step = CapturedSteps(engine, train.batch) if captured else engine.step
+        self.average = moving_average(engine.target, self.recipe.ema.tau) if self.recipe.ema else None
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, a function of (seed, epoch) alone; this process's slice of each."""
@@ -82,14 +111,24 @@ class Training:
         """
         while self.progress.epoch < self.recipe.schedule.epochs:
             done = len(self.progress.losses)
-            self.engine.set_epoch(self.progress.epoch)
             left = islice(self.batches(self.progress.epoch), done, None)  # drawn in order, so those too
             for batch in watch(left, self.steps_per_epoch - done):
+                self.begin(self.progress.epoch, len(self.progress.losses))
                 self.progress.losses.append(self.step(batch))
+                self._update_average()
                 if after_step():
                     return False
             after_epoch(self.close_epoch(self.progress.losses))
         return True
+
+    def _update_average(self) -> None:
+        ema = self.recipe.ema
+        if self.average is not None and ema is not None and self.progress.epoch >= ema.begin:
+            self.average.update_parameters(self.engine.target)
+
+    def begin(self, epoch: int, number: int) -> None:
+        """Make the engine ready for step ``number`` of ``epoch``, both 0-indexed."""
+        self.engine.set_epoch(epoch, (number + 1) / self.steps_per_epoch)
 
     def close_epoch(self, losses: list[StepLosses]) -> Row:
         """Count an epoch as done: its history row, and whether its weights are the best so far."""
@@ -110,10 +149,10 @@ class Training:
         progress.history.append(row)
         if self._is_best(row):
             progress.best_epoch = progress.epoch
-            progress.best = {
-                name: {key: value.detach().cpu().clone() for key, value in network.state_dict().items()}
-                for name, network in self.networks.items()
-            }
+            progress.best = {name: _kept(network) for name, network in self.networks.items()}
+            progress.best_is_average = self._score(row, EMA) >= self._score(row) and self.average is not None
+            if progress.best_is_average:
+                progress.best["target"] = _kept(self.averaged)
         progress.epoch += 1
         progress.losses = []
         return row
@@ -152,12 +191,18 @@ class Training:
     def _is_best(self, row: Row) -> bool:
         """Highest held-out robust accuracy, the later epoch on a tie; without held-out data the last.
 
+        That of the weights or of their moving average, whichever is higher, the average on a tie.
         A recipe without an adversary is chosen by held-out clean accuracy.
         """
         if not len(self.data.validation_images):
             return True
+        scores = [max(self._score(each), self._score(each, EMA)) for each in (row, *self.progress.history)]
+        return scores[0] == max(scores)
+
+    def _score(self, row: Row, prefix: str = "") -> float:
+        """The accuracy that an epoch is chosen by, -1 where there is none of such weights."""
         criterion = "validation_robust" if self.recipe.inner.steps else "validation_clean"
-        return row[criterion] >= max(earlier[criterion] for earlier in self.progress.history)
+        return row.get(prefix + criterion, -1.0)
 
     def _accuracies(self) -> Row:
         """Accuracies in percent after the epoch, all in eval mode; the test set is only looked at."""
@@ -171,7 +216,18 @@ class Training:
         if len(data.validation_images):
             row["validation_clean"] = self._accuracy(target, *held_out)
             row["validation_robust"] = self._accuracy(target, *held_out, attacked=True)
+        if self.average is not None:
+            row[EMA + "test_clean"] = self._accuracy(self.averaged, *test)
+            if len(data.validation_images):
+                row[EMA + "validation_clean"] = self._accuracy(self.averaged, *held_out)
+                row[EMA + "validation_robust"] = self._accuracy(self.averaged, *held_out, attacked=True)
         return row
+
+    @property
+    def averaged(self) -> nn.Module:
+        """The target with the moving average of its weights; the target itself before the first of them."""
+        started = self.average is not None and int(self.average.n_averaged) > 0
+        return self.average.module if started and self.average is not None else self.engine.target
 
     def _looked_at(self, name: str) -> nn.Module:
         """What the accuracies of network ``name`` are taken of: its folded copy, where the engine folds."""
@@ -212,6 +268,7 @@ class Training:
         return {
             "networks": {name: network.state_dict() for name, network in self.networks.items()},
             "optimizer": self.engine.optimizer.state_dict(),
+            **({"average": self.average.state_dict()} if self.average is not None else {}),
             "progress": {**vars(self.progress), "losses": []},
             "losses": [torch.stack(each) for each in zip(*losses, strict=True)],
         }
@@ -221,6 +278,8 @@ class Training:
         for name, network in self.networks.items():
             network.load_state_dict(state["networks"][name])
         self.engine.optimizer.load_state_dict(state["optimizer"])
+        if self.average is not None:
+            self.average.load_state_dict(state["average"])
         self.progress = Progress(**state["progress"])
         columns = [each.to(self.engine.device).unbind() for each in state["losses"]]
         self.progress.losses = [StepLosses(*each) for each in zip(*columns, strict=True)]
@@ -229,12 +288,19 @@ class Training:
         """Write ``folder``, which is there whole or not at all, with each network's ``options`` for build."""
         progress = self.progress
         with replaced(folder) as partial:
+            last = progress.epoch - 1
             for name, network in self.networks.items():
-                for suffix, weights, epoch in (
-                    ("", progress.best[name], progress.best_epoch),
-                    (".last", network.state_dict(), progress.epoch - 1),
-                ):
+                files = {
+                    "": (progress.best[name], progress.best_epoch),
+                    ".last": (network.state_dict(), last),
+                }
+                if name == "target" and self.average is not None:
+                    files[".ema"] = self.averaged.state_dict(), last
+                for suffix, (weights, epoch) in files.items():
                     metadata = {"network": options[name], "epoch": str(epoch), "precision": self.precision}
+                    metadata |= {"regime": "modern"} if self.train.modern else {}
+                    if suffix == ".ema" or (name + suffix == "target" and progress.best_is_average):
+                        metadata["weights"] = "average"
                     save_weights(partial / f"{name}{suffix}.safetensors", weights, metadata)
             write_csv(partial / "history.csv", progress.history)
             write_csv(partial / "trace.csv", progress.trace)

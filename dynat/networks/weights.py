@@ -90,8 +90,9 @@ def build_network(spec: Mapping[str, Any], folder: Path) -> nn.Module:
 
 
 def training_of(path: Path) -> dict[str, str]:
-    """What a weights file says of its training: its precision as ``trained_in``, or else its ``origin``."""
+    """What a weights file says of its training: ``trained_in``, its precision, and regime; or ``origin``."""
     metadata = load_weights(path)[1]
     if "origin" in metadata:
         return {"origin": metadata["origin"]}
-    return {"trained_in": metadata.get("precision", "fp32")}
+    own: dict[str, str] = {key: metadata[key] for key in ("regime", "weights") if key in metadata}
+    return {"trained_in": metadata.get("precision", "fp32"), **own}

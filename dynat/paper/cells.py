@@ -13,12 +13,13 @@ from typing import Any
 import pandas as pd
 
 from dynat.evaluation.verdicts import wilson
-from dynat.paper.measurements import IN_AA
+from dynat.paper.measurements import IN_AA, PREFIXES
 from dynat.paper.published import values
 
 TABLES, PLOTS, REPORT = "metrics/tables", "metrics/plots", "metrics/report.html"
 AVERAGED = ("pgd10", "pgd20", "pgd50", "cw", "aa")  # "All" of the paper's Table 1
 LAST = ("last-clean", "last-pgd20")  # columns of the last epoch in Markdown; the CSV has all of them
+EMA = ("ema-clean", "ema-pgd20")  # those of the moving average there
 NUMBERS = ("accuracy", "low", "high", "sd", "n")
 SOURCE = ("seed", "file", "pointer", "verdicts", "checkpoint", "attack", "n")  # of a cell, in cells.json
 FORMATS = {
@@ -90,11 +91,11 @@ def setting_cells(measurements: pd.DataFrame) -> pd.DataFrame:
 
 def _cell(seed: str, column: str, measurements: list[Measured], of_all_seeds: bool) -> dict[str, Any]:
     cell = measurements[0] | average(measurements)
-    setting, last = cell["setting"], column.startswith("last-")
-    printed = column in LAST or not (last or column == IN_AA)
+    setting, attack = cell["setting"], attack_of(column)
+    printed = column in (*LAST, *EMA) or (attack == column and column != IN_AA)
     cell["row"] = setting if of_all_seeds and printed else ""
     cell |= {"cell": f"{setting}/{cell['method']}/{seed}/{column}", "table": setting, "seed": seed}
-    cell |= {"column": column, "attack": column.removeprefix("last-"), "measurements": measurements}
+    cell |= {"column": column, "attack": attack, "measurements": measurements}
     for field in ("epsilon", "attack_seed"):
         cell[field] = " ".join(dict.fromkeys(str(each[field]) for each in measurements))
     cell["caveats"] = tuple(dict.fromkeys(chain(*(each["caveats"] for each in measurements))))
@@ -143,12 +144,17 @@ def cells_json(cells: pd.DataFrame) -> str:
     return "{\n" + ",\n".join(lines) + "\n}\n"
 
 
+def attack_of(column: str) -> str:
+    """A column without what tells its checkpoint."""
+    return column.removeprefix(PREFIXES["last"]).removeprefix(PREFIXES["ema"])
+
+
 def family(column: str) -> tuple[str, str]:
     """An attack without its number of steps or samples, and that number: ``pgd`` and ``20``.
 
     Of AutoAttack at a radius of its own that is the number: ``aa@`` and ``8/255``.
     """
-    attack = column.removeprefix("last-")
+    attack = attack_of(column)
     if attack.startswith("aa@"):
         return "aa@", attack.removeprefix("aa@").rpartition("-n")[0].replace("-", "/")
     return attack.rstrip("0123456789"), attack[len(attack.rstrip("0123456789")) :]
@@ -157,4 +163,5 @@ def family(column: str) -> tuple[str, str]:
 def name(column: str) -> str:
     """A column's name as the paper writes it."""
     attack, number = family(column)
-    return NAMES.get(attack, attack).format(number) + (", last" if column.startswith("last-") else "")
+    which = next((f", {each}" for each in ("last", "ema") if column.startswith(PREFIXES[each])), "")
+    return NAMES.get(attack, attack).format(number) + which

@@ -21,11 +21,14 @@ from dynat.runtime.files import read_csv, read_json
 from dynat.runtime.lock import locked, read_lock
 
 RUN = ["setting", "method", "seed"]
+PREFIXES = {"best": "", "last": "last-", "ema": "ema-"}  # of a column, by checkpoint
 IN_AA = "aa-apgd-ce"  # beside "apgd-ce" of stage attack, which has a radius and images of its own
 CURVES = ["train_clean", "test_clean", "validation_robust"]
 CAVEATS = {  # entries of the metrics -> a sentence that must stand beside their numbers
     ("precision", "bf16"): "attack crafted in bf16, every success verified in fp32",
     ("precision", "tf32"): "attack crafted in TF32, every success verified in fp32",
+    ("weights", "average"): "weights of the best epoch: their moving average, better on held-out data",
+    ("regime", "modern"): "trained under the modern regime (docs/methods.md, 18), not as its paper says",
     ("trained_in", "bf16"): "trained in bf16, the paper in fp32 or TF32",
     ("trained_in", "tf32"): "trained in TF32, as the published code where the GPU has it",
 }
@@ -46,7 +49,7 @@ class Measurement(NamedTuple):
     seed: int  # of the training
     kind: str  # the stage that measured: "attack" or "autoattack"
     column: str
-    checkpoint: str  # "best" or "last"
+    checkpoint: str  # "best", "last" or "ema", the moving average in the last epoch
     attack: str  # name in the verdicts; AutoAttack's union is its last attack, "square"
     robust: int  # samples
     n: int  # samples
@@ -162,5 +165,7 @@ def _accuracies(kind: str, metrics: dict[str, Any]) -> list[tuple[str, str, str,
             found.append((column, "aa", name, "best", f"square{at}{radius}"))
         first = [(IN_AA, "best", "apgd-ce", "best", "apgd-ce")]
         return found + (first if "apgd-ce" in metrics["best"] else [])
-    prefixes = {"best": "", "last": "last-"} if "origin" not in metrics else {"best": ""}
-    return [(prefixes[each] + name, each, name, each, name) for each in prefixes for name in metrics[each]]
+    found = []
+    for each, prefix in PREFIXES.items():
+        found += [(prefix + name, each, name, each, name) for name in metrics.get(each, ())]
+    return found

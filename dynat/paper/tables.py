@@ -10,7 +10,7 @@ import numpy as np
 import pandas as pd
 
 from dynat.config.params import Params
-from dynat.paper.cells import AVERAGED, LAST, NAMES, Measured, family, name
+from dynat.paper.cells import AVERAGED, EMA, LAST, NAMES, Measured, family, name
 from dynat.paper.measurements import ELSEWHERE, Results
 from dynat.paper.pairs import OVERFITTING, Compared, Judged, compare
 from dynat.paper.published import TITLES, values
@@ -92,9 +92,10 @@ def setting_tables(
     spread = one if len(params.seeds) == 1 else f"mean ± standard deviation over training seeds {seeds}"
     text = f"Accuracy in percent, {spread}; weights of the best epoch on held-out data."
     text += _conditions(usual, best, ", as in the paper's Table 1")
-    other = f"The same trainings without choosing an epoch.{_conditions(usual, LAST)}"
+    ends = [*LAST, *(column for column in EMA if column in usual)]
+    other = f"The same trainings without choosing an epoch.{_conditions(usual, ends)}"
     chosen = Table(setting, text, ["Method", *_headings(best, usual)])
-    head = ["Method", "Epoch (chosen / last)", *_headings(LAST, usual), "Robust overfitting"]
+    head = ["Method", "Epoch (chosen / last)", *_headings(ends, usual), "Robust overfitting"]
     last = Table(f"{setting}, last epoch", other, head)
     for method in params.methods(setting):
         failed = tuple(results.failed_checks[setting, method])
@@ -103,10 +104,10 @@ def setting_tables(
         chosen.rows.append([label, *(items.get((method, column), Item()) for column in best)])
         if method in params.checkpoint:  # which has one epoch
             continue
-        ends = [items.get((method, column), Item()) for column in LAST]
-        last.rows.append([label, epochs, *ends, _overfitting(compared.judged, setting, method)])
+        numbers = [items.get((method, column), Item()) for column in ends]
+        last.rows.append([label, epochs, *numbers, _overfitting(compared.judged, setting, method)])
     last.introduction += OVERFITTING_IS if any(row[-1].text for row in last.rows) else ""
-    return [chosen, last]
+    return [chosen, last] if last.rows else [chosen]
 
 
 def _like_the_best(setting: str, cells: list[Measured], compared: Compared) -> list[tuple[str, str]]:

@@ -15,7 +15,8 @@ from pydantic import ValidationError
 
 from dynat.config.fields import describe
 from dynat.config.params import Params, load
-from dynat.config.recipe import Recipe, Train, rescale
+from dynat.config.recipe import Recipe
+from dynat.config.train import Train, rescale
 from dynat.methods.batches import Batch
 from dynat.methods.step import Engine
 

@@ -12,7 +12,8 @@ from torch import nn
 from benchmarks.published import STEPS, Published
 from benchmarks.train_step import batches, engine_of, multiply_adds, networks, work_per_image
 from dynat.config.params import load
-from dynat.config.recipe import Recipe, rescale
+from dynat.config.recipe import Recipe
+from dynat.config.train import rescale
 from dynat.data.splits import Splits
 from dynat.methods import attacks
 from dynat.methods.batches import Batch

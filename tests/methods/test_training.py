@@ -10,7 +10,8 @@ import yaml
 from torch import Tensor
 
 from dynat.config.params import load, parse
-from dynat.config.recipe import Recipe, Train
+from dynat.config.recipe import Recipe
+from dynat.config.train import Train
 from dynat.data.sources import prepare
 from dynat.data.splits import Splits
 from dynat.errors import DivergedError, UserError
