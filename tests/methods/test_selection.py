@@ -82,6 +82,10 @@ CIFAR = {"source": "cifar10", "archive": "c.tar.gz", "md5": "0" * 32, "classes":
         (of(data=CIFAR, autoattack__n=[10_001]), "study.digits.autoattack.n: 10001 is more than the 10000"),
         (of(data=CIFAR | {"validation": 9}), "study.digits.data.validation: 9 of 50000"),
         (of(data=CIFAR | {"mirrors": ["ftp://x"]}), "study.digits.data.mirrors: "),
+        (
+            {"distilled": ["rslad"], "guides": ["trades"], "variants": [], **of(guide__width=100_000)},
+            "study.digits.guide: needs \\d+ GiB",
+        ),
         ({"launch": "torchrun --nproc-per-node=18"}, "study.digits.train.batch: .* last batch has 17 images"),
         ({"launch": "torchrun --nproc_per_node=gpu"}, "launch: --nproc_per_node=gpu, but there is no CUDA"),
     ],
