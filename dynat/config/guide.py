@@ -29,6 +29,11 @@ class SoftLabels(Section):
         return self.adversarial > 0 or self.gradient > 0
 
     @property
+    def reads_guide(self) -> bool:
+        """Whether a term is on."""
+        return self.natural > 0 or self.reads_adversarial
+
+    @property
     def reads_guide_at_adversarial(self) -> bool:
         """Whether a term is on that reads the guide's logits on the adversarial examples."""
         return self.gradient > 0 or (self.adversarial > 0 and self.at == "adversarial")

@@ -84,7 +84,7 @@ class Objective(Section):
     @property
     def reads_guide(self) -> bool:
         """Whether a term is on that reads the guide's logits."""
-        return self.adversarial == "mse" or self.soft.natural > 0 or self.soft.reads_adversarial
+        return self.adversarial == "mse" or self.soft.reads_guide
 
     @property
     def uses_label(self) -> bool:

@@ -128,7 +128,9 @@ def target_loss(
         plain = objective.kl == "plain"
         kl = divergence(natural, adversarial) if plain else mart_divergence(natural, adversarial, labels)
         loss = loss + objective.beta * ((scale if kl_weights is None else kl_weights) * kl).mean()
-    return loss + soft_terms(objective.soft, logits, scale, alpha, progress)
+    if objective.soft.reads_guide:
+        loss = loss + soft_terms(objective.soft, logits, scale, alpha, progress)
+    return loss
 
 
 def instance_weights(

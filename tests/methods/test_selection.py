@@ -3,6 +3,7 @@
 import copy
 import random
 import re
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -20,7 +21,7 @@ from dynat.evaluation.chunks import Chunks
 from dynat.methods.selection import refuse_setting
 from dynat.methods.setup import set_up
 from dynat.methods.training import Training
-from dynat.runtime.stage import Run
+from dynat.runtime.stage import Run, run_of_arguments
 
 TREE = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
 TREE["study"] = {"digits": TREE["study"]["digits"]}
@@ -82,6 +83,10 @@ CIFAR = {"source": "cifar10", "archive": "c.tar.gz", "md5": "0" * 32, "classes":
         (of(data=CIFAR, autoattack__n=[10_001]), "study.digits.autoattack.n: 10001 is more than the 10000"),
         (of(data=CIFAR | {"validation": 9}), "study.digits.data.validation: 9 of 50000"),
         (of(data=CIFAR | {"mirrors": ["ftp://x"]}), "study.digits.data.mirrors: "),
+        (
+            {"distilled": ["rslad"], "guides": ["trades"], "variants": [], **of(guide__width=100_000)},
+            "study.digits.guide: needs \\d+ GiB",
+        ),
         ({"launch": "torchrun --nproc-per-node=18"}, "study.digits.train.batch: .* last batch has 17 images"),
         ({"launch": "torchrun --nproc_per_node=gpu"}, "launch: --nproc_per_node=gpu, but there is no CUDA"),
     ],
@@ -95,6 +100,28 @@ def test_what_cannot_be_run_is_refused_by_its_key(
     assert re.match(line, found), found
     assert "\n" not in found
     assert len(found) < 300
+
+
+@pytest.mark.parametrize(
+    ("method", "line"),
+    [
+        ("rslad", "method 'rslad': with a frozen guide, and only then, .*as rslad-trades"),
+        ("trades-pgd_at", "method 'trades-pgd_at': with a frozen guide, and only then"),
+        ("rslad-trade", "method 'guide-trade' is not in params.yaml's recipes"),
+        ("guide-trade", "method 'guide-trade' is not in params.yaml's recipes"),
+        ("rslad-trades", None),
+        ("guide-trades", None),
+    ],
+)
+def test_a_method_is_named_after_its_guide_if_and_only_if_that_is_frozen(
+    method: str, line: str | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sys, "argv", ["train", "digits", method, "0"])
+    if line is None:
+        assert run_of_arguments("").method == method
+    else:
+        with pytest.raises(UserError, match=line):
+            run_of_arguments("")
 
 
 def test_an_image_folder_without_its_hash_is_refused_whether_or_not_it_is_at_hand(

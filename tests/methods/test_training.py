@@ -1,6 +1,7 @@
 """A training as a whole: batches, selection, resume, and losses that are not finite."""
 
 import io
+import json
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,7 @@ from dynat.methods.setup import set_up
 from dynat.methods.step import Engine, StepLosses
 from dynat.methods.training import Training
 from dynat.networks.architectures import build
+from dynat.networks.weights import save_weights
 from dynat.runtime import machine
 from dynat.runtime.stage import Run
 
@@ -190,6 +192,39 @@ def test_a_training_in_another_precision_has_a_resume_state_of_its_own(
         run, _, keys[name] = set_up(Run("digits", "pgd_at", 0, parse(values)))
         assert run.precision == name
     assert keys["fp32"] != keys["bf16"]
+
+
+def test_a_distilled_training_needs_its_guides_weights_and_keeps_none_of_its_own(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    params = load()
+    study = params.study["digits"]
+    monkeypatch.chdir(tmp_path)
+    prepare(study.data, Path("data/digits.safetensors"), "study.digits.data")
+    run = Run("digits", "rslad-trades", 3, params)
+    path = Path("models/digits/guide-trades/3/target.safetensors")
+    with pytest.raises(UserError, match=f"{path}: no such file; train the guide"):
+        set_up(run)
+    options = {"num_classes": 10, "in_channels": 1, **study.guide.model_dump(exclude_none=True)}
+    keys = set()
+    for seed in (0, 1):
+        torch.manual_seed(seed)
+        saved, metadata = build(**options), {"network": json.dumps(options), "epoch": "0"}
+        save_weights(path, saved.state_dict(), metadata)
+        found, described, key = set_up(run)
+        assert found.engine.guide is not None
+        for name, value in found.engine.guide.state_dict().items():
+            assert torch.equal(value, saved.state_dict()[name])
+        keys.add(key)
+    assert len(keys) == 2  # another guide, another resume state
+    assert [*found.networks] == [*described] == [*found.state()["networks"]] == ["target"]
+
+
+def test_the_history_of_a_distilled_training_says_nothing_of_a_guide_that_does_not_learn() -> None:
+    run = training("rslad")
+    run.run(lambda _: None)
+    assert {name for name in run.progress.history[-1] if name.startswith("guide")} == set()
+    assert [*run.progress.best] == ["target"]
 
 
 def test_chance_is_that_of_all_training_labels_and_a_perfect_target_has_not_collapsed() -> None:
