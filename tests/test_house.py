@@ -22,7 +22,7 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "dynat/methods": 1135,
     "dynat/networks": 500,
     "dynat/data": 600,
-    "dynat/runtime": 1345,
+    "dynat/runtime": 1350,
     "dynat/config": 680,
     "dynat/cost.py": 190,
     "dynat/errors.py": 10,
