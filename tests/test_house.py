@@ -22,8 +22,8 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "dynat/methods": 1135,
     "dynat/networks": 500,
     "dynat/data": 600,
-    "dynat/runtime": 1350,
-    "dynat/config": 680,
+    "dynat/runtime": 1355,
+    "dynat/config": 685,
     "dynat/cost.py": 190,
     "dynat/errors.py": 10,
 }

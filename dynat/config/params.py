@@ -124,6 +124,15 @@ class AutoAttack(Section):
     # of APGD's first try, every success verified in fp32 and who survives it attacked again in fp32
     precision: Precision = "fp32"
 
+    @model_validator(mode="after")
+    def _radii_look_different(self) -> "AutoAttack":
+        printed = {radius(self.epsilon): self.epsilon}
+        for run in self.runs:
+            if (before := printed.setdefault(radius(run.epsilon), run.epsilon)) != run.epsilon:
+                text = f"{before!r} and {run.epsilon!r} are both printed as {radius(before)}"
+                raise KeyedError("runs", f"{text}; leave one out")
+        return self
+
     @property
     def by_radius(self) -> dict[str, AutoAttackRun]:
         """All runs, the sizes of equal radii together, by what follows a name in the metrics.
@@ -173,9 +182,8 @@ class Study(Section):
         """Raise :class:`KeyedError` if ``kind``, attack or autoattack, wants more images than there are."""
         asked = {"attack.n": self.attack.n or 0}
         if kind == "autoattack":
-            asked = {"autoattack.n": max(self.autoattack.n)}
-            for place, run in enumerate(self.autoattack.runs):
-                asked[f"autoattack.runs.{place}.n"] = max(run.n)
+            runs = max((max(run.n) for run in self.autoattack.runs), default=0)
+            asked = {"autoattack.n": max(self.autoattack.n), "autoattack.runs": runs}
         for key, n in asked.items():
             if n > available:
                 raise KeyedError(key, f"{n} is more than the {available} test images that there are")

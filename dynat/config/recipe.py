@@ -20,6 +20,7 @@ from dynat.config.fields import (
     Section,
 )
 
+Steps = Annotated[Index, Field(le=1000)]  # of an attack in training; noise for all of them is drawn at once
 Precision = Literal["fp32", "tf32", "bf16"]  # of convolutions and linear layers; tf32 of convolutions alone
 
 
@@ -45,7 +46,7 @@ class Inner(Section):
     noise: NonNegative = 0.001  # standard deviation of the gaussian start
     epsilon: Radius = 0.031
     step: Radius = 0.007
-    steps: Index = 10
+    steps: Steps = 10
     mode: Literal["eval", "train"] = "eval"  # batch-norm mode of the target during the attack
     stop: Stop | None = None
 
@@ -110,7 +111,7 @@ class BatchNorm(Section):
     """
 
     target: list[Literal["natural", "adversarial", "natural_after"]] | None = None
-    guide: Count = 1
+    guide: Annotated[Count, Field(le=1000)] = 1
 
 
 class Schedule(Section):
@@ -205,7 +206,9 @@ class Train(Section):
     epochs: Count | None = None  # every epoch number of the recipe scales in proportion
     lr: Positive | None = None  # the first epoch's rate scales in proportion
     weight_decay: NonNegative | None = None
-    steps: Count | None = None  # of the inner attack; a recipe without one stays without
+    steps: Annotated[Count, Field(le=1000)] | None = (
+        None  # of the inner attack; a recipe without one stays without
+    )
     batch: Count = 128
     pad: Index = 4
     flip: bool = True
