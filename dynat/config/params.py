@@ -182,8 +182,9 @@ class Study(Section):
         """Raise :class:`KeyedError` if ``kind``, attack or autoattack, wants more images than there are."""
         asked = {"attack.n": self.attack.n or 0}
         if kind == "autoattack":
-            runs = max((max(run.n) for run in self.autoattack.runs), default=0)
-            asked = {"autoattack.n": max(self.autoattack.n), "autoattack.runs": runs}
+            asked = {"autoattack.n": max(self.autoattack.n)}
+            for place, run in enumerate(self.autoattack.runs):
+                asked[f"autoattack.runs.{place}.n"] = max(run.n)
         for key, n in asked.items():
             if n > available:
                 raise KeyedError(key, f"{n} is more than the {available} test images that there are")

@@ -206,9 +206,7 @@ class Train(Section):
     epochs: Count | None = None  # every epoch number of the recipe scales in proportion
     lr: Positive | None = None  # the first epoch's rate scales in proportion
     weight_decay: NonNegative | None = None
-    steps: Annotated[Count, Field(le=1000)] | None = (
-        None  # of the inner attack; a recipe without one stays without
-    )
+    steps: Annotated[Steps, Field(ge=1)] | None = None  # of the inner attack; without one it stays so
     batch: Count = 128
     pad: Index = 4
     flip: bool = True

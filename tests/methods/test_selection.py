@@ -88,7 +88,7 @@ CIFAR = {"source": "cifar10", "archive": "c.tar.gz", "md5": "0" * 32, "classes":
         ({"launch": "torchrun --nproc-per-node=0"}, "launch: --nproc-per-node=0 must be a number of proc"),
         ({"launch": "torchrun --nproc-per-node -1"}, "launch: --nproc-per-node -1 must be a number"),
         ({"launch": "torchrun --nproc-per-node=two"}, "launch: --nproc-per-node=two must be a number"),
-        (of(autoattack__runs=[{"epsilon": 0.5, "n": [9, 401]}]), "study.digits.autoattack.runs: 401 is more"),
+        (of(autoattack__runs=[{"epsilon": 0.5, "n": [9, 401]}]), "study.digits.autoattack.runs.0.n: 401 is"),
         (
             of(autoattack__runs=[{"epsilon": 0.03, "n": [9]}, {"epsilon": 0.0300000001, "n": [7]}]),
             "study.digits.autoattack.runs: 0.03 and 0.0300000001 are both printed as 0.03; leave one out",
