@@ -69,7 +69,7 @@ class Section(BaseModel):
 def describe(error: ValidationError) -> tuple[str, str]:
     """The first fault of a pydantic error: the key's path as typed after ``-S``, and what is wrong.
 
-    Both are short and printable. A list of plain values is set as a whole, so its entries are not in the path.
+    Both are short and printable. A list of plain values is set as a whole: its entries are not in the path.
     """
     fault = error.errors(include_url=False)[0]
     path = [part for part in fault["loc"] if part != "[key]"]
