@@ -4,6 +4,7 @@ Writes the import closure of every stage to ``metrics/code``, on which the stage
 files, and ``data/params.checked``, which is not in Git: a fresh clone runs this stage.
 """
 
+import shlex
 from pathlib import Path
 from shutil import which
 
@@ -18,7 +19,10 @@ from dynat.runtime.stage import main
 def stage() -> None:
     """Validate params.yaml; DVC stops here if it is wrong."""
     params = load()
-    program = next(iter(params.launch.split()), "")
+    try:
+        program = next(iter(shlex.split(params.launch)), "")
+    except ValueError as error:
+        raise UserError(f"params.yaml: launch: {error} in {params.launch!r}") from None
     if which(program) is None:
         raise UserError(f"params.yaml: launch: {program!r} is not a program on this machine")
     for setting in params.settings:

@@ -15,6 +15,7 @@ from dynat.runtime import machine
 from dynat.runtime.files import sha256
 from dynat.runtime.progress import watched
 from dynat.runtime.record import RunRecord
+from dynat.runtime.signals import graceful_stop
 from dynat.runtime.stage import INTERRUPTED, Run, main, run_of_arguments
 from dynat.runtime.tracking import Tracker
 
@@ -32,7 +33,7 @@ def stage() -> int:
     machine.pin(run.study.machine)
     from dynat.methods.setup import set_up
     from dynat.runtime import distributed
-    from dynat.runtime.resume import ResumeStore, graceful_stop
+    from dynat.runtime.resume import ResumeStore
 
     training, metadata, key = set_up(run)
     with ResumeStore(key) as store:
@@ -51,7 +52,6 @@ def _train(
 ) -> int:
     """What the first or only process does."""
     from dynat.runtime import distributed
-    from dynat.runtime.resume import graceful_stop
 
     params = {**training.recipe.model_dump(), "seed": run.seed}
     progress = training.progress

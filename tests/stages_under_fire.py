@@ -3,6 +3,7 @@
 import json
 import os
 import re
+import shutil
 import signal
 import subprocess
 import sys
@@ -13,6 +14,7 @@ from hashlib import sha256
 from pathlib import Path
 from typing import Any
 
+import pytest
 import stage_server
 import yaml
 
@@ -187,3 +189,20 @@ def running(pid: int) -> bool:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
     except (FileNotFoundError, ProcessLookupError):
         return False
+
+
+@contextmanager
+def small_disk(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
+    """A file system of ``size`` bytes at ``folder``; yields what mounts it anew with other options."""
+    folder.mkdir(parents=True, exist_ok=True)
+    if not shutil.which("mount") or os.geteuid() != 0:
+        pytest.skip("only root can mount a small disk")
+    mount = ["mount", "-t", "tmpfs", "-o"]
+    if subprocess.run([*mount, f"size={size}", "tmpfs", str(folder)], capture_output=True).returncode:
+        pytest.skip("this machine lets nobody mount a small disk")
+    try:
+        yield lambda options: [
+            subprocess.run([*mount, f"remount,{options}", "tmpfs", str(folder)], check=True)
+        ].clear()
+    finally:
+        subprocess.run(["umount", "--lazy", str(folder)], check=True)

@@ -12,18 +12,18 @@ from importlinter.cli import EXIT_STATUS_SUCCESS, lint_imports
 ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "pyproject.toml"
 LINES = {  # of *.py at most; a number here goes up only with what a user gets for it
-    "stages": 315,
+    "stages": 320,
     "dynat/audit": 1245,
     "dynat/fleet": 1530,
-    "dynat/accept": 515,
+    "dynat/accept": 550,
     "dynat/publish": 715,
     "dynat/paper": 1690,
     "dynat/evaluation": 1010,
     "dynat/methods": 1425,
     "dynat/networks": 745,
-    "dynat/data": 655,
-    "dynat/runtime": 1375,
-    "dynat/config": 945,
+    "dynat/data": 660,
+    "dynat/runtime": 1380,
+    "dynat/config": 965,
     "dynat/cost.py": 195,
     "dynat/errors.py": 10,
 }
@@ -63,8 +63,8 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12290
-    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4770
+    assert sum(sizes.values()) <= 12350
+    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4800
 
 
 def test_no_module_is_longer_than_330_lines_and_no_function_than_50() -> None:

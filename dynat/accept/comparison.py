@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from dynat.accept.changes import unproved
+from dynat.accept.replica import IMAGES
 from dynat.accept.stale import Stale
 from dynat.audit.history import checkout, commit_with
 from dynat.config import yaml_files
@@ -26,7 +27,8 @@ FEW: dict[str, dict[str, Any]] = {"attack": {"n": SAMPLES, "batch": BATCH}}
 FEW["autoattack"] = {"n": [SAMPLES], "batch": BATCH, "workers": 1}
 WHOLE = ("prepare", "import", "tabulate")  # stages that are compared by every file they write
 WHAT = {"train": "every parameter, statistic and loss", **dict.fromkeys(WHOLE, "every file")}
-WHAT |= dict.fromkeys(FEW, f"every attack on the first {SAMPLES} test images, in chunks of {BATCH}")
+ATTACKED = f"every attack on the first {SAMPLES} test images, in chunks of {BATCH}"
+WHAT |= dict.fromkeys(FEW, f"{ATTACKED}; logits of the first {IMAGES}")
 
 
 def compare(root: Path, stale: list[Stale]) -> dict[str, list[str]]:

@@ -11,13 +11,27 @@ import json
 import sys
 from collections.abc import Iterator
 from pathlib import Path
-from types import FrameType
-from typing import Any
-from unittest.mock import MagicMock
+from types import FrameType, ModuleType
+from typing import Any, Self
 
 FIRST = 5  # steps from the beginning of a training
 STEPS = 2  # at every epoch at which something changes, from the stored weights
+IMAGES, BATCH = 1000, 200  # test images whose logits are compared, and at once
 Values = Iterator[tuple[str, Any]]
+
+
+class Untracked:
+    """In the place of ``runtime.tracking.Tracker``, on which no output's byte depends: logs nothing."""
+
+    def __init__(self, *run: object) -> None: ...
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None: ...
+
+    def __getattr__(self, name: str) -> Any:
+        return lambda *arguments: None
 
 
 def main() -> None:
@@ -32,9 +46,8 @@ def main() -> None:
         lines.add(frame.f_lineno)
         return trace
 
-    tracking = sys.modules["dynat.runtime.tracking"] = MagicMock()  # no output's byte depends on it
-    tracker = tracking.Tracker.return_value
-    tracker.__enter__.return_value, tracker.finish.return_value = tracker, None
+    tracking: Any = ModuleType("dynat.runtime.tracking")
+    tracking.Tracker, sys.modules[tracking.__name__] = Untracked, tracking
     sys.settrace(trace)
     values = {}
     for stage in request["stages"]:
@@ -54,7 +67,7 @@ def pin(setting: str) -> Any:
     params = load()
     if "torch" not in sys.modules:
         machine.pin(params.study[setting].machine)
-        machine.pin = MagicMock()
+        machine.pin = lambda machine: None
     return params
 
 
@@ -112,15 +125,34 @@ def _state(place: str, training: Any) -> Values:
 
 
 def script(kind: str, run: list[Any]) -> Values:
-    """Every file that the script of another stage writes in the workspace."""
-    if kind in ("attack", "autoattack"):
-        pin(run[0])
+    """Every file that the script of another stage writes in the workspace; the logits of an evaluation."""
+    evaluation = kind in ("attack", "autoattack")
+    params = pin(run[0]) if evaluation else None
     sys.argv = [kind, *(str(part) for part in run if part is not None)]
     before = _written()
     if status := importlib.import_module(f"stages.{kind}").stage():
         sys.exit(f"stages.{kind} ended with {status}")
     for path in sorted(_written() - before):
         yield str(path), path.read_bytes()
+    if evaluation:
+        yield from logits(params, *run)
+
+
+def logits(params: Any, setting: str, method: str, seed: int) -> Values:
+    """Those of the first ``IMAGES`` test images by every stored network of a run, on the study's device."""
+    import torch
+
+    from dynat.data.splits import load, to_unit
+    from dynat.networks.weights import load_network
+    from dynat.runtime import machine
+
+    device = machine.device_of(params.study[setting].machine, f"study.{setting}.machine")
+    images = load(Path("data", f"{setting}.safetensors"), device).test_images[:IMAGES]
+    for path in sorted(Path("models", setting, method, str(seed)).glob("*.safetensors")):
+        network, _ = load_network(path, device)
+        for first, batch in enumerate(images.split(BATCH)):
+            with torch.no_grad():
+                yield f"logits of {path.stem}, test images from {BATCH * first} on", network(to_unit(batch))
 
 
 def _written() -> set[Path]:

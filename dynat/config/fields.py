@@ -69,10 +69,13 @@ class Section(BaseModel):
 def describe(error: ValidationError) -> tuple[str, str]:
     """The first fault of a pydantic error: the key's path as typed after ``-S``, and what is wrong.
 
-    Both are short and printable. Entries of a list, which are set as a whole, are not in the path.
+    Both are short and printable. A list of plain values is set as a whole: its entries are not in the path.
     """
     fault = error.errors(include_url=False)[0]
-    parts = [_part(part) for part in fault["loc"] if isinstance(part, str) and part != "[key]"]
+    path = [part for part in fault["loc"] if part != "[key]"]
+    while path and isinstance(path[-1], int):
+        path.pop()
+    parts = [_part(str(part)) for part in path]
     cause = fault.get("ctx", {}).get("error")
     if isinstance(cause, KeyedError):
         return ".".join([*parts, cause.key]), cause.reason

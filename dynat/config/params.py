@@ -101,6 +101,15 @@ class AutoAttack(Section):
     # of APGD's first try, every success verified in fp32 and who survives it attacked again in fp32
     precision: Precision = "fp32"
 
+    @model_validator(mode="after")
+    def _radii_look_different(self) -> "AutoAttack":
+        printed = {radius(self.epsilon): self.epsilon}
+        for run in self.runs:
+            if (before := printed.setdefault(radius(run.epsilon), run.epsilon)) != run.epsilon:
+                text = f"{before!r} and {run.epsilon!r} are both printed as {radius(before)}"
+                raise KeyedError("runs", f"{text}; leave one out")
+        return self
+
     @property
     def by_radius(self) -> dict[str, AutoAttackRun]:
         """All runs, the sizes of equal radii together, by what follows a name in the metrics.

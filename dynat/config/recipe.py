@@ -22,6 +22,7 @@ from dynat.config.fields import (
 )
 from dynat.config.guide import SoftLabels, guide_demands
 
+Steps = Annotated[Index, Field(le=1000)]  # of an attack in training; noise for all of them is drawn at once
 Precision = Literal["fp32", "tf32", "bf16"]  # of convolutions and linear layers; tf32 of convolutions alone
 
 
@@ -50,7 +51,7 @@ class Inner(Section):
     clamp: bool = True  # the uniform start to [0,1]; the gaussian one never is
     epsilon: Radius = 0.031
     step: Radius = 0.007
-    steps: Index = 10
+    steps: Steps = 10
     mode: Literal["eval", "train"] = "eval"  # batch-norm mode of the target during the attack
     loss_check: bool = True  # in train mode one more forward, of the last iterate (Rice et al.)
     stop: Stop | None = None
@@ -136,7 +137,7 @@ class BatchNorm(Section):
     """
 
     target: list[Literal["natural", "adversarial", "mirrored", "natural_after"]] | None = None
-    guide: Count = 1
+    guide: Annotated[Count, Field(le=1000)] = 1
 
 
 class Average(Section):

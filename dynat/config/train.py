@@ -1,9 +1,11 @@
 """How a setting trains every recipe: on its own scale, or all under one regime."""
 
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
+
+from pydantic import Field
 
 from dynat.config.fields import Count, Index, NonNegative, Number, Positive, Radius, Section
-from dynat.config.recipe import Recipe
+from dynat.config.recipe import Recipe, Steps
 
 
 class Train(Section):
@@ -13,7 +15,7 @@ class Train(Section):
     epochs: Count | None = None  # every epoch number of the recipe scales in proportion
     lr: Positive | None = None  # the first epoch's rate scales in proportion
     weight_decay: NonNegative | None = None
-    steps: Count | None = None  # of the inner attack; a recipe without one stays without
+    steps: Annotated[Steps, Field(ge=1)] | None = None  # of the inner attack; without one it stays so
     batch: Count = 128
     pad: Index = 4
     flip: bool = True

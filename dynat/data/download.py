@@ -69,16 +69,17 @@ def verify(spec: DataSpec, section: str) -> bool:
     """
     if spec.archive is None:
         return True
-    path = _local(spec.archive, kept(spec.archive))
-    if spec.source == "image_folder":
-        _refuse_unnamed(path, spec.sha256, f"{section}.sha256", "images")
-    if not path.exists():
-        return False
+    path, found = _local(spec.archive, kept(spec.archive)), ""
     try:
-        fetch(spec.archive, spec.md5, spec.sha256, [], path)
+        if spec.source == "image_folder" and not spec.sha256:
+            found = f"sha256: {_hash(path, 'sha256')} is that of" if path.exists() else "not here:"
+        elif path.exists():
+            fetch(spec.archive, spec.md5, spec.sha256, [], path)
     except UserError as error:
         raise UserError(f"{section}.archive: {error}") from None
-    return True
+    if found:
+        raise UserError(f"{section}.sha256: needed, for other images are other results; {found} {path}")
+    return path.exists()
 
 
 def weights(spec: Checkpoint, section: str) -> Path:

@@ -26,7 +26,8 @@ from dynat.runtime.closure import code_key
 from dynat.runtime.files import digest, sha256, write_json
 from dynat.runtime.progress import counted
 from dynat.runtime.record import RunRecord
-from dynat.runtime.resume import ResumeStore, graceful_stop
+from dynat.runtime.resume import ResumeStore
+from dynat.runtime.signals import graceful_stop
 from dynat.runtime.stage import INTERRUPTED, Run
 from dynat.runtime.tracking import Tracker
 

@@ -7,18 +7,17 @@ Ends with the dvc.lock and the outputs of a serial run. Exit status: 0 everythin
 import argparse
 import os
 import platform
-import signal
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
 from filelock import FileLock, Timeout
 
 from dynat.config.params import load
 from dynat.errors import UserError
+from dynat.runtime.signals import graceful_stop
 from dynat.runtime.stage import INTERRUPTED, begin
 
 if TYPE_CHECKING:
@@ -44,7 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
 
         processes(params.launch)
         root = Path.cwd()
-        with _alone(root), _stop_requested() as stopping:
+        with _alone(root), graceful_stop() as stopping:
             pipeline = Pipeline(root, options.targets)
             cluster = Cluster(root, options.address, options.dashboard)
             try:
@@ -101,21 +100,6 @@ def _alone(root: Path) -> Iterator[None]:
     except Timeout:
         other = (folder / "driver").read_text() if (folder / "driver").exists() else "unknown"
         raise UserError(f"another fleet works in this repository ({other}); wait for it or stop it") from None
-
-
-@contextmanager
-def _stop_requested() -> Iterator[Callable[[], bool]]:
-    """Whether a SIGINT or SIGTERM has come; a second SIGINT is ``KeyboardInterrupt``."""
-    signals: list[int] = []
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if signals and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        signals.append(signum)
-
-    for signum in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(signum, handle)
-    yield lambda: bool(signals)
 
 
 def _refuse_hosts_without_server(driver: "Driver") -> None:

@@ -75,8 +75,6 @@ def text_files(found: Tabulation) -> dict[str, str]:
     files[f"{TABLES}/cells.json"] = cells_json(found.cells)
     files[f"{PLOTS}/training.csv"] = csv_text(found.results.histories, [*RUN, "epoch", *CURVES])
     ours = found.cells[found.cells["table"].isin(found.params.settings)]
-    best = ours[ours["checkpoint"] == "best"]
-    files[f"{PLOTS}/accuracy.csv"] = csv_text(best, [*RUN, "attack", "accuracy"])
     few = ours[ours["column"].isin(SUMMARY) & (ours["row"] != "")]
     for run, own in few.groupby(few["setting"] + "/" + few["method"], sort=False):
         means = own.set_index("column")["mean"].to_dict()

@@ -37,11 +37,15 @@ def rank() -> int:
 def launched(launch: str) -> int:
     """How many processes a ``launch`` of params.yaml starts, by torchrun's option for one machine.
 
-    Raises :class:`UserError` if it asks for one per GPU where there is none.
+    Raises :class:`UserError` for no number of processes, and for one per GPU where there is none.
     """
     found = re.search(r"--nproc[-_]per[-_]node[= ](\S+)", launch)
-    if found is None or found[1].isdigit():
-        return int(found[1]) if found else 1
+    if found is None:
+        return 1
+    if found[1] not in ("auto", "cpu", "gpu"):
+        if not re.fullmatch("0*[1-9][0-9]*", found[1]):
+            raise UserError(f"launch: {found[0]} must be a number of processes, gpu, cpu or auto")
+        return int(found[1])
     if found[1] == "gpu" and not torch.cuda.is_available():
         raise UserError(f"launch: {found[0]}, but there is no CUDA device here; name a number, or python")
     return max(1, torch.cuda.device_count() if found[1] != "cpu" else os.cpu_count() or 1)

@@ -1,4 +1,4 @@
-"""The resume state of one stage, and signals that ask it to leave.
+"""The resume state of one stage.
 
 Nothing is unpickled: state is read by ``torch.load(weights_only=True)`` after its SHA-256 has been checked.
 """
@@ -7,13 +7,9 @@ import hashlib
 import io
 import os
 import shutil
-import signal
 import sys
 import uuid
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
-from types import FrameType
 from typing import Any, Self
 from urllib.parse import quote
 
@@ -129,21 +125,3 @@ class ResumeStore:
 
     def _file(self, name: str) -> Path:
         return self.folder / f"{quote(name, safe='')}.pt"
-
-
-@contextmanager
-def graceful_stop() -> Iterator[Callable[[], bool]]:
-    """Whether a SIGTERM or SIGINT has come, which do no more; a later SIGINT is ``KeyboardInterrupt``."""
-    signals: list[int] = []
-
-    def handle(signum: int, frame: FrameType | None) -> None:
-        if signals and signum == signal.SIGINT:
-            raise KeyboardInterrupt
-        signals.append(signum)
-
-    before = {signum: signal.signal(signum, handle) for signum in (signal.SIGTERM, signal.SIGINT)}
-    try:
-        yield lambda: bool(signals)
-    finally:
-        for signum, handler in before.items():
-            signal.signal(signum, handler)

@@ -6,6 +6,7 @@ import os
 import re
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -39,7 +40,7 @@ def begin() -> None:
 
     Raises :class:`UserError` where ``PYTHONSAFEPATH`` or ``-P`` made Python find another clone's.
     """
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdout, sys.stderr, sys.__stdout__, sys.__stderr__):  # DVC's import may wrap them
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="replace")
     here, found = Path("dynat").resolve(), Path(__file__).parents[1]
@@ -60,10 +61,11 @@ def main(stage: Callable[[], int | None]) -> None:
         hint = "; dvc checkout brings back an earlier output" if removed else ""
         print(f"error: {error}{hint}", file=sys.stderr)
         status = 2
-    except KeyboardInterrupt:
+    except (KeyboardInterrupt, BrokenPipeError):  # that: nobody reads the output any more, as after head
         status = INTERRUPTED
-    sys.stdout.flush()
-    sys.stderr.flush()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(BrokenPipeError):
+            stream.flush()
     if file := os.environ.get("DYNAT_STATUSES"):  # torchrun's own exit status is 1 for any other than 0
         with open(file, "a", encoding="utf-8") as statuses:
             statuses.write(f"{status}\n")

@@ -130,7 +130,6 @@ def test_a_metric_that_its_verdicts_do_not_count_is_named(root: Path) -> None:
         ("metrics/tables/table1.md", "68.75", "88.75"),
         ("metrics/tables/table1.csv", "68.75", "88.75"),
         (f"metrics/tables/{SETTING}.csv", "68.75", "88.75"),
-        ("metrics/plots/accuracy.csv", "67.50", "87.50"),
         ("metrics/report.html", r">68\.75</a>", ">88.75</a>"),
         ("metrics/report.html", "27 of 40 robust", "37 of 40 robust"),
         ("metrics/report.html", r'"dynat_awp", "\+0\.00"', '"dynat_awp", "+1.00"'),

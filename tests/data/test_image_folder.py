@@ -248,6 +248,17 @@ def test_image_folder_without_its_hash_is_refused_with_the_value_to_write(
     assert hash_of(path) in message
 
 
+def test_a_folder_that_cannot_be_hashed_is_refused_by_the_key_of_its_archive(
+    tmp_path: Path, mirror: Path
+) -> None:
+    (mirror / "broken").mkdir()
+    (mirror / "broken/link.png").symlink_to("nowhere")
+    for sha256 in (None, "0" * 64):
+        spec = DataSpec(source="image_folder", archive="broken", sha256=sha256, classes=2)
+        with pytest.raises(UserError, match=r"^study\.mine\.data\.archive: 'link.png' is a link to nothing"):
+            verify(spec, "study.mine.data")
+
+
 def test_verify_says_what_differs_downloads_nothing_and_is_silent_where_nothing_is_at_hand(
     mirror: Path,
 ) -> None:

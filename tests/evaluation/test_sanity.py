@@ -10,7 +10,7 @@ from dynat.config.params import Attack
 from dynat.evaluation import sanity
 from dynat.evaluation.evidence import Evidence
 from dynat.evaluation.sanity import check
-from dynat.evaluation.whitebox import evaluate
+from dynat.evaluation.whitebox import evaluate, sample_noise
 
 SPEC = Attack(epsilon=0.1, step=0.025, pgd=[10], batch=40)
 WHOLE = SPEC.model_copy(update={"pgd": [20, 50, 100]})
@@ -136,3 +136,132 @@ def test_noise_that_breaks_more_than_the_attack_is_caught(monkeypatch: pytest.Mo
     nobody = torch.zeros(80, dtype=torch.bool)
     monkeypatch.setattr(sanity._Target, "noise", lambda target: nobody)
     assert failed(Sides()) == {"random noise is weaker than PGD-20"}
+
+
+def found_as(evidence: dict[str, Evidence], **robust: list[bool]) -> dict[str, Any]:
+    """The checks of the honest network on 60 images, with verdicts in the place of some that were found."""
+    x, y = (each[:60] for each in images())
+    nobody = {name: Evidence(torch.tensor(flags), y[:0], x[:0].float()) for name, flags in robust.items()}
+    return check(Sides().eval(), None, x, y, WHOLE, evidence | nobody)["checks"]
+
+
+def test_a_check_states_the_accuracies_that_it_compared_in_percent(evidence: dict[str, Evidence]) -> None:
+    some, fewer = [True] * 20 + [False] * 40, [True] * 19 + [False] * 41
+    checks = found_as(evidence, pgd20=fewer, fgsm=some, pgd50=some, pgd100=fewer)
+    assert checks["PGD-20 is at least as strong as FGSM"]["values"] == {"pgd20": 31.6667, "fgsm": 33.3333}
+    assert checks["twice the steps change little"]["values"] == {"pgd50": 33.3333, "pgd100": 31.6667}
+    assert checks["twice the steps change little"][
+        "passed"
+    ]  # 1.7 % of the samples: what is allowed here alone
+    assert not found_as(evidence, pgd20=some, fgsm=fewer)["PGD-20 is at least as strong as FGSM"]["passed"]
+    curve = checks["accuracy does not rise with epsilon"]["values"]
+    assert [*curve] == ["0", "0.025", "0.05", "0.1", "0.15", "0.2", "0.4", "1"]
+    assert curve["0.1"] == 31.6667
+    assert checks["a ball that holds every image breaks everything"]["values"] == {"accuracy": curve["1"]}
+
+
+def test_white_box_attacks_count_together_against_square(evidence: dict[str, Evidence]) -> None:
+    everybody, nobody = [True] * 60, [False] * 60
+    checks = found_as(evidence, pgd100=everybody, cw=nobody)
+    assert checks["Square finds no more than PGD and C&W"]["passed"]
+    assert checks["Square finds no more than PGD and C&W"]["values"]["white"] == 0
+
+
+@pytest.mark.parametrize(("more", "passed"), [(99, True), (100, True), (101, False)])
+def test_a_comparison_may_miss_by_one_percent_of_the_samples(more: int, passed: bool) -> None:
+    flags = torch.arange(10_000)
+    assert sanity._not_above(first=flags < 5000 + more, second=flags < 5000)["passed"] == passed
+
+
+def of_spec(network: nn.Module, count: int = 80, **changes: Any) -> sanity._Target:
+    x, y = images()
+    return sanity._Target(network.eval(), x[:count], y[:count], SPEC.model_copy(update=changes))
+
+
+class Recorded(Sides):
+    """Keeps what it is given."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.given: list[Tensor] = []
+
+    def forward(self, x: Tensor) -> Tensor:
+        self.given.append(x.detach().clone())
+        return super().forward(x)
+
+
+def test_noise_is_uniform_in_the_ball_and_another_than_the_start_of_the_attacks() -> None:
+    network = Recorded()
+    of_spec(network, seed=7).noise()
+    x = images()[0].float() / 255
+    drawn = (2 * sample_noise(x, 8, torch.arange(80)) - 1) * SPEC.epsilon
+    torch.testing.assert_close(torch.cat(network.given), (x + drawn).clamp(0, 1))
+
+
+def test_transfer_starts_where_the_attacks_of_the_evaluation_start() -> None:
+    guide = Recorded()
+    of_spec(Sides(), seed=7).transfer(guide)
+    x = images()[0].float() / 255
+    start = (x + (2 * sample_noise(x, 7, torch.arange(80)) - 1) * SPEC.epsilon).clamp(0, 1)
+    torch.testing.assert_close(torch.cat([guide.given[0], guide.given[sanity.STEPS]]), start)
+
+
+def test_square_asks_as_often_as_it_is_said_to() -> None:
+    network = Recorded()
+    of_spec(network, 4, epsilon=1e-6).square()  # whom nothing breaks
+    assert sanity.QUERIES <= len(network.given) <= sanity.QUERIES + 5
+
+
+@pytest.mark.parametrize(
+    ("epsilon", "radii", "steps"),
+    [
+        (0.5, [0.0, 0.125, 0.25, 0.5, 0.75, 1.0], [0.03125, 0.0625, 0.1875, 0.25]),
+        (0.1, [0.0, 0.025, 0.05, 0.1, 0.15, 0.2, 0.4, 1.0], [0.00625, 0.0125, 0.0375, 0.05, 0.1, 0.25]),
+    ],
+)
+def test_the_curve_has_each_radius_once_and_steps_in_proportion(
+    epsilon: float, radii: list[float], steps: list[float], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def pgd(target: sanity._Target, **changes: Any) -> dict[str, Tensor]:
+        asked.append(changes)
+        return {f"pgd{sanity.STEPS}": torch.tensor([changes["epsilon"] < 0.2, False])}
+
+    monkeypatch.setattr(sanity._Target, "pgd", pgd)
+    curve = sanity._epsilon_curve(of_spec(Sides(), epsilon=epsilon, step=epsilon / 4), 100.0, 40.0)
+    assert [each for each, _ in curve] == radii
+    assert dict(curve)[0.0] == 100.0
+    assert dict(curve)[epsilon] == 40.0
+    assert all(value == 50 * (each < 0.2) for each, value in curve if each not in (0.0, epsilon))
+    assert [each["step"] for each in asked] == pytest.approx(steps)
+    assert all(each["pgd"] == [sanity.STEPS] for each in asked)
+
+
+def test_a_ball_of_one_breaks_what_small_balls_do_not() -> None:
+    x, y = images()
+    spec = SPEC.model_copy(update={"epsilon": 0.001, "step": 0.00025})
+    found = check(
+        Sides().eval(), None, x, y, spec, evaluate(Sides().eval(), x, y, spec, ("fgsm", "pgd", "cw"))
+    )
+    assert found["checks"]["a ball that holds every image breaks everything"] == {
+        "passed": True,
+        "values": {"accuracy": 0.0},
+    }
+
+
+@pytest.mark.parametrize(("count", "batch", "other"), [(80, 40, 26), (80, 26, 27), (2, 40, 1), (2, 1, 2)])
+def test_verdicts_are_compared_with_those_of_another_batch_size(
+    count: int, batch: int, other: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+    white = torch.arange(count) % 2 == 0
+
+    def pgd(target: sanity._Target, **changes: Any) -> dict[str, Tensor]:
+        asked.append(changes)
+        return {f"pgd{sanity.STEPS}": white.logical_xor(torch.arange(count) == 0)}
+
+    monkeypatch.setattr(sanity._Target, "pgd", pgd)
+    found = sanity._same_in_other_batches(of_spec(Sides(), count, batch=batch), white)
+    assert asked == [{"pgd": [sanity.STEPS], "batch": other}]
+    assert found == {"passed": False, "values": {"differing": 100 / count}}

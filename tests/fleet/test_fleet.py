@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import pytest
+import yaml
 from fleets import (
     begun,
     cluster,
@@ -25,6 +26,7 @@ from fleets import (
     until,
 )
 from pipelines import commit, duplicate, dvc
+from stages_under_fire import small_disk
 
 pytestmark = pytest.mark.slow
 GPU = {"num_cpus": 4, "num_gpus": 2}
@@ -93,6 +95,40 @@ def test_a_failing_stage_stops_only_what_depends_on_it(tmp_path: Path) -> None:
     assert "not run, since they depend on these: after" in output
     assert begun(folder, "faulty") == 1
     assert begun(folder, "last", "end") == 1
+
+
+FILL = """
+with open("small/full", "wb") as file:
+    for _ in range(64):
+        file.write(4096 * b"x")
+        file.flush()
+"""
+
+
+def test_a_full_disk_fails_the_stage_by_name_and_nothing_half_written_is_taken_over(tmp_path: Path) -> None:
+    folder = repository(tmp_path / "r", seconds=0.2, wide=1)
+    (folder / "fill.py").write_text(FILL)
+    plan = yaml.safe_load((folder / "dvc.yaml").read_text())
+    plan["stages"]["full"] = {"cmd": "python fill.py", "deps": ["fill.py"], "outs": ["small/full"]}
+    (folder / "dvc.yaml").write_text(yaml.safe_dump(plan, sort_keys=False))
+    with (folder / ".gitignore").open("a") as file:
+        file.write("/small\n")
+    commit(folder, "a stage that needs space")
+    with small_disk(folder / "small", 65536) as remount, cluster(node=GPU) as nodes:
+        status, output = run(folder, "--address", nodes.address)
+        assert status == 1, output
+        (line,) = [line for line in output.splitlines() if line.startswith("failed: ")]
+        assert line.startswith("failed: full: exit status 1: OSError: [Errno 28] No space left on device")
+        assert "(log: .dvc/tmp/fleet/logs/full.log)" in line
+        assert "No space left" in (folder / ".dvc/tmp/fleet/logs/full.log").read_text()
+        assert "full" not in yaml.safe_load((folder / "dvc.lock").read_text())["stages"]
+        half = {path.stat().st_size for path in (folder / ".dvc/cache").rglob("*") if path.is_file()}
+        assert max(half) < 4096  # what the other stages wrote, and the records of their runs
+        remount("size=1m")
+        status, output = run(folder, "--address", nodes.address)
+        assert status == 0, output
+        assert (folder / "small/full").read_bytes() == 64 * 4096 * b"x"
+    assert begun(folder, "a") == 1
 
 
 def test_a_worker_that_is_killed_costs_only_what_was_not_saved(folder: Path, serial: Path) -> None:

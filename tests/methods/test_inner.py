@@ -12,6 +12,7 @@ from step_cases import CASES, draw
 from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
+from dynat.methods.inner import autocast
 from dynat.methods.step import Engine
 from dynat.networks.architectures import build
 from dynat.networks.folded import mixed
@@ -63,6 +64,15 @@ def test_steps_on_the_folded_target_leave_the_same_weights_and_statistics(name: 
     assert (copied is None) == (choice.inner.steps == 0 or choice.inner.mode == "train")
     assert copied is None or not any(isinstance(layer, nn.BatchNorm2d) for layer in copied.modules())
     assert_same(engines)
+
+
+def test_matrix_products_are_in_the_precision_asked_for() -> None:
+    x = torch.rand(2, 2)
+    for precision in (torch.float32, torch.bfloat16):
+        with autocast(x.device, precision):
+            assert (x @ x).dtype == precision
+    with autocast(x.device, torch.float32):
+        assert (x.double() @ x.double()).dtype == torch.float64
 
 
 @COMPILES

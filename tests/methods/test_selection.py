@@ -1,6 +1,7 @@
 """What params.yaml and the machine tell is told before any output is touched, in one line, by its key."""
 
 import copy
+import json
 import random
 import re
 import sys
@@ -22,6 +23,7 @@ from dynat.methods.selection import refuse_setting
 from dynat.methods.setup import set_up
 from dynat.methods.training import Training
 from dynat.runtime.stage import Run, run_of_arguments
+from stages import check
 
 TREE = yaml.safe_load((Path(__file__).parents[2] / "params.yaml").read_text())
 TREE["study"] = {"digits": TREE["study"]["digits"]}
@@ -88,6 +90,21 @@ CIFAR = {"source": "cifar10", "archive": "c.tar.gz", "md5": "0" * 32, "classes":
             "study.digits.guide: needs \\d+ GiB",
         ),
         ({"launch": "torchrun --nproc-per-node=18"}, "study.digits.train.batch: .* last batch has 17 images"),
+        ({"launch": "torchrun --nproc-per-node=0"}, "launch: --nproc-per-node=0 must be a number of proc"),
+        ({"launch": "torchrun --nproc-per-node -1"}, "launch: --nproc-per-node -1 must be a number"),
+        ({"launch": "torchrun --nproc-per-node=two"}, "launch: --nproc-per-node=two must be a number"),
+        (of(autoattack__runs=[{"epsilon": 0.5, "n": [9, 401]}]), "study.digits.autoattack.runs.0.n: 401 is"),
+        (
+            of(autoattack__runs=[{"epsilon": 0.03, "n": [9]}, {"epsilon": 0.0300000001, "n": [7]}]),
+            "study.digits.autoattack.runs: 0.03 and 0.0300000001 are both printed as 0.03; leave one out",
+        ),
+        (
+            of(autoattack__runs=[{"epsilon": 0.1200000001, "n": [9]}]),
+            "study.digits.autoattack.runs: 0.12 and",
+        ),
+        ({"recipes.dynat.inner.steps": 10**9}, "recipes.dynat.inner.steps: .*less than or equal to 1000"),
+        (of(train__steps=1001), "study.digits.train.steps: .*less than or equal to 1000"),
+        ({"recipes.dynat.batch_norm.guide": 10**9}, "recipes.dynat.batch_norm.guide: .*equal to 1000"),
         ({"launch": "torchrun --nproc_per_node=gpu"}, "launch: --nproc_per_node=gpu, but there is no CUDA"),
     ],
     ids=str,
@@ -133,6 +150,19 @@ def test_an_image_folder_without_its_hash_is_refused_whether_or_not_it_is_at_han
     assert refusal(of(data=own | {"sha256": "0" * 64})) is None
     (tmp_path / "mine").write_bytes(b"other images")
     assert (refusal(of(data=own | {"sha256": "0" * 64})) or "").startswith("study.digits.data.archive: ")
+
+
+@pytest.mark.parametrize(
+    ("launch", "why"), [("pyton", "not a program"), ('python "x', "No closing quotation")]
+)
+def test_what_the_shell_could_not_launch_is_refused_before_anything_is_written(
+    launch: str, why: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "params.yaml").write_text(json.dumps(edited({"launch": launch})))
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=f"^params.yaml: launch: .*{why}"):
+        check.stage()
+    assert [path.name for path in tmp_path.iterdir()] == ["params.yaml"]
 
 
 # ---------------------------------------------------------------------------------------- drawn edits

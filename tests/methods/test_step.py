@@ -98,6 +98,20 @@ def test_smoothing_of_the_target_changes_its_loss_alone_and_as_the_formula_says(
     assert len({outcome.guide_loss.item() for outcome in losses}) == 1
 
 
+@pytest.mark.parametrize("name", ["at_awp", "dynat_inner_gairat", "dynat_at_mail"])
+def test_the_truth_and_the_guides_label_are_told_apart_where_the_recipe_does(name: str) -> None:
+    choice, found = shipped(name), []
+    for truth in (True, False):
+        if name == "at_awp":
+            awp = choice.awp and choice.awp.model_copy(update={"labels": "truth" if truth else "guide"})
+            changed = choice.model_copy(update={"awp": awp, "labels": "guide"})
+        else:
+            weights = choice.weights.model_copy(update={"against": "truth" if truth else "label"})
+            changed = choice.model_copy(update={"weights": weights})
+        found.append(after_step(changed, 80)[0])
+    assert not same(*found)
+
+
 def test_guide_accuracy_of_a_step_is_counted_before_the_update() -> None:
     choice = CASES["dynat_inner"][0]
     _, guide = networks()

@@ -1,4 +1,4 @@
-"""Resume state: killed at any moment, damaged, or wanted by two, it is right or absent; and its signals."""
+"""Resume state: killed at any moment, damaged, or wanted by two, it is right or absent."""
 
 import errno
 import os
@@ -14,7 +14,6 @@ import pytest
 import torch
 
 from dynat.errors import UserError
-from dynat.runtime import resume
 from dynat.runtime.resume import ResumeStore
 
 CALLS = {"open", "listdir", "mkdir", "remove", "rename", "rmdir", "scandir", "truncate"}  # audited by Python
@@ -332,27 +331,3 @@ def test_a_damaged_token_is_said_and_replaced_and_the_chunks_stay(capsys: pytest
             assert store.resumed == 0
             assert_is(store.load("one"), 1)
         assert capsys.readouterr().err.count("token: damaged") == 1
-
-
-@pytest.mark.parametrize("signum", [signal.SIGTERM, signal.SIGINT])
-def test_a_first_signal_only_asks_to_stop_and_handlers_are_restored(signum: signal.Signals) -> None:
-    before = signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)
-    with resume.graceful_stop() as stop:
-        states = [stop()]
-        os.kill(os.getpid(), signum)
-        states.append(stop())
-        os.kill(os.getpid(), signal.SIGTERM)
-    assert states == [False, True]
-    assert (signal.getsignal(signal.SIGTERM), signal.getsignal(signal.SIGINT)) == before
-
-
-def test_a_second_interrupt_breaks_off_at_once() -> None:
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)  # a job in the background ignores it
-    try:
-        with resume.graceful_stop():
-            os.kill(os.getpid(), signal.SIGINT)
-            with pytest.raises(KeyboardInterrupt):
-                os.kill(os.getpid(), signal.SIGINT)
-        assert signal.getsignal(signal.SIGINT) is signal.default_int_handler
-    finally:
-        signal.signal(signal.SIGINT, before)

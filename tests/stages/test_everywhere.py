@@ -29,6 +29,23 @@ def test_a_terminal_that_lacks_letters_ends_no_command(finished_pipeline: Path) 
         assert done.returncode == 0 or command == "dynat.accept", done.stderr
 
 
+def test_what_a_terminal_lacks_is_replaced_also_where_an_import_has_wrapped_the_streams(
+    tmp_path: Path,
+) -> None:
+    code = "import sys, dynat.audit.__main__; from dynat.runtime.stage import begin; begin()"
+    prints = "print('✓ ε'); print('✗', file=sys.stderr)"
+    done = python(ROOT, "-c", f"{code}; {prints}", PYTHONIOENCODING="ascii")
+    assert (done.stdout, done.stderr) == ("? ?\n", "?\n")
+
+
+def test_a_stage_whose_reader_has_gone_ends_without_a_traceback_and_can_go_on(tmp_path: Path) -> None:
+    printing = "[print('x' * 9000, flush=True) for _ in range(99)]"
+    code = f"from dynat.runtime.stage import main; main(lambda: {printing})"
+    command = f'({sys.executable} -c "{code}"; echo $? >{tmp_path}/status) | true'
+    done = subprocess.run(["bash", "-c", command], cwd=ROOT, capture_output=True, text=True)
+    assert (done.stderr, (tmp_path / "status").read_text()) == ("", "75\n")
+
+
 def test_a_clone_that_turns_line_endings_gets_the_committed_bytes(tmp_path: Path) -> None:
     names = [".gitattributes", "dvc.lock", "dvc.yaml", "metrics/tables/cells.json", "dynat/errors.py"]
     for name in names:

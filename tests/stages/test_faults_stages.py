@@ -5,10 +5,8 @@ import os
 import re
 import shutil
 import signal
-import subprocess
 import time
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,6 +17,7 @@ from stages_under_fire import (
     kill,
     resumed_after,
     running,
+    small_disk,
     states,
     when,
     write_params,
@@ -278,23 +277,6 @@ def test_a_target_that_stays_at_chance_is_given_up_in_one_line_and_not_published
         "the tenth epoch at chance is the last"
     )
     assert not (stages.folder / "models/mini/learns_nothing").exists()
-
-
-@contextmanager
-def small_disk(folder: Path, size: int) -> Iterator[Callable[[str], None]]:
-    """A file system of ``size`` bytes at ``folder``; yields what mounts it anew with other options."""
-    folder.mkdir(parents=True, exist_ok=True)
-    if not shutil.which("mount") or os.geteuid() != 0:
-        pytest.skip("only root can mount a small disk")
-    mount = ["mount", "-t", "tmpfs", "-o"]
-    if subprocess.run([*mount, f"size={size}", "tmpfs", str(folder)], capture_output=True).returncode:
-        pytest.skip("this machine lets nobody mount a small disk")
-    try:
-        yield lambda options: [
-            subprocess.run([*mount, f"remount,{options}", "tmpfs", str(folder)], check=True)
-        ].clear()
-    finally:
-        subprocess.run(["umount", "--lazy", str(folder)], check=True)
 
 
 def test_a_disk_that_state_fills_up_costs_one_line_and_no_epoch_once_there_is_room(
