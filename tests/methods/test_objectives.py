@@ -83,7 +83,7 @@ COMBINATIONS = [
 def test_target_loss_is_the_sum_of_its_terms_for_every_combination(
     natural_ce: bool, adversarial: str, beta: float, kl: str, weighted: bool
 ) -> None:
-    """alpha on the adversarial term alone; weights on it and on the KL; smoothing on the adversarial CE;
+    """alpha on the adversarial term alone; weights on it and on the KL; smoothing on both cross entropies;
     the guide gets a gradient from the MSE alone."""
     alpha, smoothing = 0.3, 0.2
     truth, labels = draw_labels(1), draw_labels(2)
@@ -93,7 +93,7 @@ def test_target_loss_is_the_sum_of_its_terms_for_every_combination(
         total = 0.0
         for i in range(ROWS):
             if natural_ce:
-                total += plain_ce(natural[i], truth[i])
+                total += plain_ce(natural[i], truth[i], smoothing)
             if adversarial == "ce":
                 total += alpha * weights[i] * plain_ce(adv[i], labels[i], smoothing)
             if adversarial == "bce":
