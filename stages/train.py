@@ -27,7 +27,7 @@ if TYPE_CHECKING:
 def stage() -> int:
     """Train, resume where a stopped run left off, write the model folder at once."""
     run = run_of_arguments(__doc__ or "")
-    if run.method not in run.params.recipes:
+    if run.method in run.params.checkpoint:
         raise UserError(f"method {run.method!r} is a checkpoint: stage import makes it, nothing trains it")
     record = RunRecord("train", run)
     machine.pin(run.study.machine)
