@@ -98,10 +98,11 @@ def train(setting: str, method: str, seed: int) -> Values:
 
 
 def turns(recipe: Any) -> list[int]:
-    """The epochs at which rate, weight perturbation, instance weights or early stop change, and the last."""
+    """The epochs at which rate, perturbation, weights, averaging or early stop change, and the last."""
     stop, schedule = recipe.inner.stop, recipe.schedule
     first = {0, 1, schedule.epochs - 1, recipe.weights.begin, *schedule.drops}
     first |= {recipe.awp.begin} if recipe.awp else set()
+    first |= {recipe.ema.begin} if recipe.ema else set()
     first |= {stop.ramp_until, *stop.budget} if stop else set()
     return sorted(epoch for epoch in first if 0 <= epoch < schedule.epochs)
 
@@ -110,6 +111,7 @@ def _steps(place: str, training: Any, epoch: int, count: int, losses: list[Any])
     for number, batch in zip(range(count), training.batches(epoch), strict=False):
         training.begin(epoch, number)
         losses.append(training.engine.step(batch))
+        training.update_average(epoch)
         for name, value in losses[-1]._asdict().items():
             yield f"{place}, step {number}: {name}", value.item()
         yield from _state(f"{place}, step {number}", training)
@@ -119,6 +121,8 @@ def _state(place: str, training: Any) -> Values:
     for owner, network in training.networks.items():
         for name, value in network.state_dict().items():
             yield f"{place}: {owner} {name}", value
+    for name, value in training.average.state_dict().items() if training.average else ():
+        yield f"{place}: moving average {name}", value
     for number, state in training.engine.optimizer.state_dict()["state"].items():
         for name, value in state.items():
             yield f"{place}: {name} of parameter {number}", value

@@ -199,6 +199,8 @@ class Params(Section):
     @model_validator(mode="after")
     def _every_setting_runs_every_recipe(self) -> "Params":
         for name, recipe in self.recipes.items():
+            if name == GUIDE:
+                raise KeyedError(f"recipes.{name}", "is what frozen guides are named by; choose another name")
             for setting in recipe.per_study:
                 check_known(f"recipes.{name}.per_study", setting, self.study)
             for setting in self.study:

@@ -45,22 +45,29 @@ class Progress:
     best: dict[str, State] = field(default_factory=dict)  # "target", "guide" -> weights of the best epoch
 
 
-def moving_average(network: nn.Module, tau: float) -> AveragedModel:
-    """The moving average W of a network's parameters w, at first a copy; its buffers are the network's.
+class MovingAverage(AveragedModel):
+    """The moving average W of a network's parameters w; its buffers are the network's.
 
-    W <- r W + (1 - r) w with r = min(tau, (1 + d) / (10 + d)) at the d-th update after the first
-    (imrahulr/adversarial_robustness_pytorch; docs/methods.md, section 18).
+    The first update copies; at the d-th after it W <- r W + (1 - r) w with r = min(tau, (1 + d) / (10 + d))
+    (imrahulr/adversarial_robustness_pytorch; docs/methods.md, section 18). ``module`` is the network of W.
     """
 
+    def __init__(self, network: nn.Module, tau: float) -> None:
+        super().__init__(network, multi_avg_fn=self._update)
+        self.tau = tau
+        self.requires_grad_(False)
+
+    @property
+    def begun(self) -> bool:
+        """Whether there has been an update."""
+        return int(self.n_averaged) > 0
+
     @torch.no_grad()
-    def update(averaged: Sequence[Tensor], present: Sequence[Tensor], _: Tensor | int) -> None:
-        done = int(average.n_averaged)
-        rate = min(tau, (1 + done) / (10 + done))
+    def _update(self, averaged: Sequence[Tensor], present: Sequence[Tensor], _: Tensor | int) -> None:
+        done = int(self.n_averaged)
+        rate = min(self.tau, (1 + done) / (10 + done))
         for mean, weight in zip(averaged, present, strict=True):
             mean.lerp_(weight, 1 - rate)
-
-    average = AveragedModel(network, multi_avg_fn=update).requires_grad_(False)
-    return average
 
 
 def _kept(network: nn.Module) -> State:
@@ -86,7 +93,7 @@ class Training:
         by_epoch = self.recipe.schedule.shape == "steps"  # else a graph would be recorded for every step
         captured = train.engine == "graph" and one_gpu and by_epoch
         self.step = CapturedSteps(engine, train.batch) if captured else engine.step
-        self.average = moving_average(engine.target, self.recipe.ema.tau) if self.recipe.ema else None
+        self.average = MovingAverage(engine.target, self.recipe.ema.tau) if self.recipe.ema else None
 
     def batches(self, epoch: int) -> Iterator[Batch]:
         """The batches of an epoch, a function of (seed, epoch) alone; this process's slice of each."""
@@ -115,15 +122,16 @@ class Training:
             for batch in watch(left, self.steps_per_epoch - done):
                 self.begin(self.progress.epoch, len(self.progress.losses))
                 self.progress.losses.append(self.step(batch))
-                self._update_average()
+                self.update_average(self.progress.epoch)
                 if after_step():
                     return False
             after_epoch(self.close_epoch(self.progress.losses))
         return True
 
-    def _update_average(self) -> None:
+    def update_average(self, epoch: int) -> None:
+        """Let the moving average, if there is one by ``epoch``, follow a step."""
         ema = self.recipe.ema
-        if self.average is not None and ema is not None and self.progress.epoch >= ema.begin:
+        if self.average is not None and ema is not None and epoch >= ema.begin:
             self.average.update_parameters(self.engine.target)
 
     def begin(self, epoch: int, number: int) -> None:
@@ -150,9 +158,10 @@ class Training:
         if self._is_best(row):
             progress.best_epoch = progress.epoch
             progress.best = {name: _kept(network) for name, network in self.networks.items()}
-            progress.best_is_average = self._score(row, EMA) >= self._score(row) and self.average is not None
-            if progress.best_is_average:
-                progress.best["target"] = _kept(self.averaged)
+            averaged = self.average if self.average is not None and self.average.begun else None
+            progress.best_is_average = averaged is not None and self._score(row, EMA) >= self._score(row)
+            if averaged is not None and progress.best_is_average:
+                progress.best["target"] = _kept(averaged.module)
         progress.epoch += 1
         progress.losses = []
         return row
@@ -216,22 +225,24 @@ class Training:
         if len(data.validation_images):
             row["validation_clean"] = self._accuracy(target, *held_out)
             row["validation_robust"] = self._accuracy(target, *held_out, attacked=True)
-        if self.average is not None:
-            row[EMA + "test_clean"] = self._accuracy(self.averaged, *test)
-            if len(data.validation_images):
-                row[EMA + "validation_clean"] = self._accuracy(self.averaged, *held_out)
-                row[EMA + "validation_robust"] = self._accuracy(self.averaged, *held_out, attacked=True)
+        if self.average is not None:  # until it begins, the network stands for it
+            names = [name for name in ("test_clean", "validation_clean", "validation_robust") if name in row]
+            row |= {EMA + name: row[name] for name in names}
+            if self.average.begun:
+                averaged = self._looked_at("ema")
+                row[EMA + "test_clean"] = self._accuracy(averaged, *test)
+                if len(data.validation_images):
+                    row[EMA + "validation_clean"] = self._accuracy(averaged, *held_out)
+                    row[EMA + "validation_robust"] = self._accuracy(averaged, *held_out, attacked=True)
         return row
 
-    @property
-    def averaged(self) -> nn.Module:
-        """The target with the moving average of its weights; the target itself before the first of them."""
-        started = self.average is not None and int(self.average.n_averaged) > 0
-        return self.average.module if started and self.average is not None else self.engine.target
-
     def _looked_at(self, name: str) -> nn.Module:
-        """What the accuracies of network ``name`` are taken of: its folded copy, where the engine folds."""
-        network = self.networks[name].eval()
+        """What the accuracies of network ``name`` are taken of: its folded copy, where the engine folds.
+
+        "ema" is the target with the moving average of its weights.
+        """
+        averaged = self.average.module if self.average is not None else self.engine.target
+        network = (averaged if name == "ema" else self.networks[name]).eval()
         if not self.engine.fold:
             return network
         if name in self.folded:
@@ -294,8 +305,8 @@ class Training:
                     "": (progress.best[name], progress.best_epoch),
                     ".last": (network.state_dict(), last),
                 }
-                if name == "target" and self.average is not None:
-                    files[".ema"] = self.averaged.state_dict(), last
+                if name == "target" and self.average is not None and self.average.begun:
+                    files[".ema"] = self.average.module.state_dict(), last
                 for suffix, (weights, epoch) in files.items():
                     metadata = {"network": options[name], "epoch": str(epoch), "precision": self.precision}
                     metadata |= {"regime": "modern"} if self.train.modern else {}

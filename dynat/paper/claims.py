@@ -4,7 +4,7 @@ A claim holds if all of its comparisons do: its p is the largest of theirs. One 
 significantly the other way round contradicts it.
 """
 
-from collections.abc import Iterable
+from collections.abc import Collection, Iterable
 from dataclasses import dataclass, replace
 from decimal import Decimal
 from itertools import chain, product
@@ -31,7 +31,10 @@ DECIDED = (
     "significantly behind, at 5 % after Holm's correction over the {m} distinct claims of this table; p is "
     "after it. Compared: the comparison that decides, of how many; its interval is not corrected. {basis}"
 )
-TRANSFERRED = "The paper's claims transferred to a setting that it does not have: they say nothing of CIFAR."
+TRANSFERRED = (
+    "The paper's claims transferred to a setting, or a way of training, that it does not have: they say "
+    "nothing of the paper's own."
+)
 
 
 @dataclass(frozen=True)
@@ -62,18 +65,22 @@ class Decision:
         return min(1.0, each.p * len(self.found)) if each.difference < 0 else each.p
 
 
-def decisions(settings: Iterable[str], judged: Judged) -> list[Decision]:
-    """Every claim in its own setting, then in each of ``settings`` that the paper does not have."""
+def decisions(settings: Iterable[str], judged: Judged, modern: Collection[str] = ()) -> list[Decision]:
+    """Every claim in its own setting, then in each of ``settings`` that the paper does not have.
+
+    One that is trained under the ``modern`` regime is none of the paper's.
+    """
     found, table = [], claims()
-    others = [setting for setting in settings if setting not in table["setting"].array]
-    for setting in [*dict.fromkeys(each for each in table["setting"] if each), *others]:
+    others = [each for each in settings if each not in table["setting"].array or each in modern]
+    for setting in [*dict.fromkeys(each for each in table["setting"] if each not in ("", *others)), *others]:
         of = table[(table["setting"] == setting) | (setting in others)]
-        ran = [_run(str(key), claim, setting, judged) for key, claim in of.to_dict("index").items()]
+        rows = of.to_dict("index").items()
+        ran = [_run(str(key), claim, setting, judged, setting in others) for key, claim in rows]
         found += _corrected(ran)
     return found
 
 
-def _run(key: str, claim: dict[Any, Any], setting: str, judged: Judged) -> Decision:
+def _run(key: str, claim: dict[Any, Any], setting: str, judged: Judged, transferred: bool) -> Decision:
     found, absent = {}, []
     for a, b, column in dict.fromkeys(product(*_recipes(claim), claim["columns"])):
         runs = [judged.get((setting, method, column), {}) for method in (a, b)]
@@ -81,7 +88,7 @@ def _run(key: str, claim: dict[Any, Any], setting: str, judged: Judged) -> Decis
             found[a, b, column] = each
         elif a != b:
             absent += [method for method, own in ((a, runs[0]), (b, runs[1])) if not own]
-    return Decision(key, setting, setting != claim["setting"], found, tuple(dict.fromkeys(absent)))
+    return Decision(key, setting, transferred, found, tuple(dict.fromkeys(absent)))
 
 
 def _recipes(claim: dict[Any, Any]) -> list[list[str]]:

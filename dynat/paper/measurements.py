@@ -27,11 +27,11 @@ CURVES = ["train_clean", "test_clean", "validation_robust"]
 CAVEATS = {  # entries of the metrics -> a sentence that must stand beside their numbers
     ("precision", "bf16"): "attack crafted in bf16, every success verified in fp32",
     ("precision", "tf32"): "attack crafted in TF32, every success verified in fp32",
-    ("weights", "average"): "weights of the best epoch: their moving average, better on held-out data",
     ("regime", "modern"): "trained under the modern regime (docs/methods.md, 18), not as its paper says",
     ("trained_in", "bf16"): "trained in bf16, the paper in fp32 or TF32",
     ("trained_in", "tf32"): "trained in TF32, as the published code where the GPU has it",
 }
+AVERAGE = "the moving average of the weights, which did no worse on held-out data than the weights"
 ELSEWHERE = "weights trained elsewhere"
 Texts = defaultdict[tuple[str, str], list[str]]  # by setting and method; nothing for what was not run
 
@@ -139,7 +139,6 @@ def _measure(
     caveats += [text for (key, value), text in CAVEATS.items() if metrics.get(key) == value]
     trained = "" if "origin" in metrics else f"models/{run[0]}/{run[1]}/{run[2]}"
     versions = [code.get(output, "") for output in (trained, file)]
-    of_all = (tuple(caveats), *versions)
     for column, block, name, checkpoint, attack in _accuracies(kind, metrics):
         epsilon = attack.partition(" at ")[2].replace("-", "/") or radius(metrics["epsilon"])
         stated, evidence = metrics[block][name], verdicts[checkpoint][attack]
@@ -151,7 +150,8 @@ def _measure(
             raise UserError(text)
         count = counted["robust"], counted["n"], epsilon, metrics["attack_seed"]
         files = file, f"/{block}/{name}/accuracy", companion
-        judged = *files, *of_all, np.array(correct)
+        average = (AVERAGE,) * (metrics.get("weights") == "average" and checkpoint == "best")
+        judged = *files, (*caveats, *average), *versions, np.array(correct)
         yield Measurement._make((*run, kind, column, checkpoint, attack, *count, *judged))
 
 

@@ -11,6 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dynat.paper.cells import AVERAGED
+from dynat.paper.measurements import AVERAGE
 from dynat.paper.statistics import ALPHA, Paired, Scores, holm, paired
 
 OVERFITTING = "overfitting"  # a column of scores: PGD-20 of the last epoch less that of the chosen one
@@ -42,15 +43,20 @@ def compared(measurements: pd.DataFrame) -> Compared:
 def judged(measurements: pd.DataFrame) -> Judged:
     """The verdicts of every run, bool, and what is made of them per image, float: ``all`` and overfitting."""
     found: Judged = {}
+    last = {}  # the last epoch of what was chosen: of the moving average where that was
     for each in measurements.to_dict("records"):
+        if each["column"] == "pgd20":
+            name = "ema-pgd20" if AVERAGE in each["caveats"] else "last-pgd20"
+            last[each["setting"], each["method"], each["seed"]] = name
         runs = found.setdefault((each["setting"], each["method"], each["column"]), {})
         runs[each["seed"], each["epsilon"], each["attack_seed"]] = each["correct"]
     for setting, method in dict.fromkeys(key[:2] for key in [*found]):
-        own = {column: found.get((setting, method, column), {}) for column in (*AVERAGED, "last-pgd20")}
+        columns = (*AVERAGED, "last-pgd20", "ema-pgd20")
+        own = {column: found.get((setting, method, column), {}) for column in columns}
         drop = {
-            run: _joined([own["last-pgd20"][run], -each.astype(float)]).sum(0)
+            run: _joined([own[end][run], -each.astype(float)]).sum(0)
             for run, each in own["pgd20"].items()
-            if run in own["last-pgd20"]
+            if run in own[end := last[setting, method, run[0]]]
         }
         by_seed = [{run[0]: (run, each) for run, each in own[column].items()} for column in AVERAGED]
         mean = {}

@@ -4,6 +4,8 @@ import json
 from importlib.resources import files
 from typing import TypedDict
 
+from dynat.config.params import recipe_of
+
 
 class Paper(TypedDict):
     """``key``, as RobustBench names models, is of author, year and first word; the rest is as it prints."""
@@ -18,5 +20,6 @@ class Paper(TypedDict):
 def paper_of(method: str) -> Paper:
     """The paper of a recipe; one that has none is named by itself, its link and authors left empty."""
     known: dict[str, Paper] = json.loads(files("dynat.publish").joinpath("papers.json").read_text("utf-8"))
-    family = "dynat" if method.startswith("dynat") else method
+    recipe = recipe_of(method)
+    family = "dynat" if recipe.startswith("dynat") and recipe != "dynat_robust_guide" else recipe
     return known.get(family) or Paper(key=method, link="", name=method, authors="", venue="N/A")

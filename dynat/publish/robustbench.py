@@ -157,6 +157,6 @@ def _reported(release: Release) -> str:
     """The paper's own AutoAttack accuracy of this row; empty, as in 20 published ones, where it has none."""
     rows = values()
     own = (rows["setting"] == release.setting) & (rows["recipe"] == release.method)
-    if not release.method.startswith("dynat"):
+    if not release.method.startswith("dynat") or release.study.train.modern:
         return ""
     return next((f"{float(value):.2f}" for value in rows[own & (rows["column"] == "aa")]["published"]), "")

@@ -15,7 +15,7 @@ from dynat.config.train import Train, rescale
 from dynat.data.splits import Splits
 from dynat.methods.objectives import Logits, target_loss
 from dynat.methods.step import Engine, learning_rate
-from dynat.methods.training import Training, moving_average
+from dynat.methods.training import MovingAverage, Training
 from dynat.networks.architectures import build
 from dynat.networks.weights import load_weights
 
@@ -111,7 +111,8 @@ def test_the_average_is_the_published_recursion_over_the_weights_after_every_ste
     for done, weights in enumerate(after[4:], start=1):
         rate = min(0.6, (1 + done) / (10 + done))
         expected = {name: rate * expected[name] + (1 - rate) * weights[name] for name in names}
-    found = run.averaged.state_dict()
+    assert run.average is not None
+    found = run.average.module.state_dict()
     for name in names:
         assert torch.allclose(found[name].double(), expected[name], rtol=0, atol=1e-6)
         assert not torch.allclose(found[name].double(), after[-1][name], rtol=0, atol=1e-6)
@@ -121,7 +122,7 @@ def test_the_average_is_the_published_recursion_over_the_weights_after_every_ste
 
 def test_the_first_average_is_a_copy_and_tau_is_the_most_that_stays() -> None:
     network = torch.nn.Linear(1, 1, bias=False)
-    average = moving_average(network, tau=0.25)
+    average = MovingAverage(network, tau=0.25)
     values = []
     for weight in (1.0, 0.0, 0.0):
         network.weight.data.fill_(weight)
@@ -138,32 +139,67 @@ def test_a_training_with_averaging_stopped_after_any_step_ends_with_the_same_bit
     assert not first.run(lambda _: None, lambda: next(steps) == step)
     resumed.restore(torch.load(io.BytesIO(bits(first)), weights_only=True))
     assert resumed.run(lambda _: None)
-    for one, other in (
-        (resumed.averaged, straight.averaged),
-        (resumed.engine.target, straight.engine.target),
-    ):
+    assert resumed.average is not None
+    assert straight.average is not None
+    for one, other in ((resumed.average, straight.average), (resumed.engine.target, straight.engine.target)):
         for mine, theirs in zip(one.state_dict().values(), other.state_dict().values(), strict=True):
             assert torch.equal(mine, theirs)
     assert resumed.progress.history == straight.progress.history
     assert resumed.progress.best_is_average == straight.progress.best_is_average
 
 
+@pytest.mark.parametrize(
+    ("raw", "mean", "epoch", "averaged"),
+    [
+        ([30.0, 20.0, 10.0], [30.0, 25.0, 5.0], 0, False),  # before it begins there is no average
+        ([10.0, 30.0, 20.0], [10.0, 40.0, 20.0], 1, True),
+        ([10.0, 20.0, 30.0], [10.0, 5.0, 25.0], 2, False),
+        ([10.0, 20.0, 30.0], [10.0, 5.0, 30.0], 2, True),  # on a tie
+    ],
+)
 def test_the_chosen_weights_are_the_better_of_both_on_held_out_images_and_the_file_says_which(
     tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    raw: list[float],
+    mean: list[float],
+    epoch: int,
+    averaged: bool,
 ) -> None:
-    run = modern("pgd_at")
+    run, kept = modern("pgd_at"), list[dict[str, dict[str, Tensor]]]()
+
+    def scored() -> dict[str, float]:
+        number = run.progress.epoch
+        assert run.average is not None
+        both = {"raw": run.engine.target, "average": run.average.module}
+        kept.append(
+            {which: {k: v.clone() for k, v in each.state_dict().items()} for which, each in both.items()}
+        )
+        scores = {"validation_robust": raw[number], "ema_validation_robust": mean[number]}
+        return {"train_clean": 90.0, **scores}
+
+    monkeypatch.setattr(run, "_accuracies", scored)
     run.run(lambda _: None)
-    history = run.progress.history
-    raw, mean = ([row[key + "validation_robust"] for row in history] for key in ("", "ema_"))
-    best = max(range(3), key=lambda epoch: (max(raw[epoch], mean[epoch]), epoch))
-    assert run.progress.best_epoch == best
-    assert run.progress.best_is_average == (mean[best] >= raw[best])
+    assert run.progress.best_epoch == epoch
     run.write(tmp_path / "0", {"target": "{}"})
-    files = {path.name for path in (tmp_path / "0").iterdir()}
-    assert files >= {"target.safetensors", "target.last.safetensors", "target.ema.safetensors"}
-    said = {name: load_weights(tmp_path / f"0/{name}.safetensors")[1] for name in ("target", "target.ema")}
-    assert said["target.ema"]["weights"] == "average"
-    assert ("weights" in said["target"]) == run.progress.best_is_average
+    chosen, said = load_weights(tmp_path / "0/target.safetensors")
+    last, of_last = load_weights(tmp_path / "0/target.ema.safetensors")
+    expected = kept[epoch]["average" if averaged else "raw"]
+    assert all(torch.equal(value, expected[name]) for name, value in chosen.items())
+    assert all(torch.equal(value, kept[2]["average"][name]) for name, value in last.items())
+    assert not all(torch.equal(value, kept[2]["raw"][name]) for name, value in last.items())
+    assert (said.get("weights"), of_last["weights"]) == ("average" if averaged else None, "average")
+
+
+def test_until_it_begins_the_average_is_the_network_and_no_file_calls_it_one(tmp_path: Path) -> None:
+    run = modern("pgd_at", ema={"tau": 0.6, "begin": 2})
+    rows: list[dict[str, float]] = []
+    run.run(lambda row: bool(rows.append(row)), lambda: run.progress.epoch == 1)
+    assert [rows[0]["ema_" + name] for name in ("test_clean", "validation_robust")] == [
+        rows[0][name] for name in ("test_clean", "validation_robust")
+    ]
+    run.write(tmp_path / "0", {"target": "{}"})
+    assert not (tmp_path / "0/target.ema.safetensors").exists()
+    assert "weights" not in load_weights(tmp_path / "0/target.safetensors")[1]
 
 
 def test_without_averaging_nothing_is_written_that_was_not_there(tmp_path: Path) -> None:

@@ -93,7 +93,7 @@ def test_a_claim_transferred_to_another_setting_is_decided_there_and_marked(tmp_
     assert found["toy/mail-aa"] == found["cifar10_wrn34_10/c10-clean"] == NOT_RUN
     text = files(params(BASELINES, VARIANTS), tmp_path)["metrics/tables/claims.md"]
     assert "## Transferred to toy" in text
-    assert "they say nothing of CIFAR" in text
+    assert "they say nothing of the paper's own" in text
     assert "without mart, fat, gairat, at_awp, lbgat0: not run" in text
 
 

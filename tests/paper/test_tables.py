@@ -237,3 +237,30 @@ def test_autoattack_at_a_second_radius_is_a_column_of_its_own_behind_the_first(t
     lines = {line["attack"]: line for line in records(found["metrics/tables/toy.csv"])}
     assert lines["aa@0.031-n24"]["epsilon"] == "0.031"
     assert lines["aa-apgd-ce"]["accuracy"] == "75.00"  # in the CSV alone
+
+
+def test_the_moving_average_has_columns_of_its_own_and_its_notes_stand_where_they_are_true(
+    tmp_path: Path,
+) -> None:
+    write(tmp_path, "dynat", COUNTS, last=9, attack={"weights": "average", "regime": "modern"})
+    folder = tmp_path / "metrics/attack/toy/dynat"
+    metrics, verdicts = (json.loads((folder / f"0{end}").read_text()) for end in (".json", ".verdicts.json"))
+    metrics["ema"] = {name: stated(count, 100) for name, count in (("clean", 95), ("pgd20", 72))}
+    flags = {name: [i < count for i in range(100)] for name, count in (("clean", 95), ("pgd20", 72))}
+    verdicts["ema"] = {name: {"n": 100, "robust": hexadecimal(each)} for name, each in flags.items()}
+    put(folder / "0.json", metrics)
+    put(folder / "0.verdicts.json", verdicts)
+    text = files(params([], ["dynat"]), tmp_path)["metrics/tables/toy.md"]
+    chosen, last = text.split("## toy, last epoch")
+    (row,) = (line.split("|") for line in last.splitlines() if line.startswith("| dynat"))
+    head = next(line.split("|") for line in last.splitlines() if line.startswith("| Method"))
+    found = {name.strip(): value.strip() for name, value in zip(head, row, strict=True)}
+    assert found["Clean, ema (n=100)"].startswith("95.00")
+    assert found["PGD-20, ema (n=100)"].startswith("72.00")
+    assert found["Robust overfitting"].startswith("+2.00")  # 74 less 72, its own last epoch, not less 65
+    modern = "trained under the modern regime"
+    assert modern in chosen
+    assert modern in last
+    average = "the moving average of the weights, which did no worse"
+    assert average in chosen
+    assert average not in last
