@@ -30,7 +30,7 @@ def stage() -> None:
     if params.published_weights:
         from dynat.paper.published import refuse_rows  # pandas takes a while
 
-        refuse_rows(params.published_weights)
+        refuse_rows(params.published_weights, params.checkpoints)
     for name, closure in closures().items():
         write_atomically(closure_file(name), as_text(closure).encode())
     write_atomically(Path("data/params.checked"), b"params.yaml is sound\n")

@@ -15,15 +15,15 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "stages": 320,
     "dynat/audit": 1245,
     "dynat/fleet": 1530,
-    "dynat/accept": 550,
-    "dynat/publish": 715,
-    "dynat/paper": 1690,
+    "dynat/accept": 555,
+    "dynat/publish": 725,
+    "dynat/paper": 1705,
     "dynat/evaluation": 1010,
-    "dynat/methods": 1425,
-    "dynat/networks": 745,
+    "dynat/methods": 1435,
+    "dynat/networks": 785,
     "dynat/data": 660,
     "dynat/runtime": 1380,
-    "dynat/config": 965,
+    "dynat/config": 970,
     "dynat/cost.py": 195,
     "dynat/errors.py": 10,
 }
@@ -63,7 +63,7 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12350
+    assert sum(sizes.values()) <= 12440
     assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4800
 
 

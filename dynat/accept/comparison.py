@@ -108,6 +108,8 @@ def _workspace(root: Path, folder: Path, stage: Stale) -> Path:
         section |= FEW[stage.kind] | ({"runs": []} if "runs" in section else {})
     links = [root / "dvc.lock", *(root / "data").iterdir()]
     links += [root / "models"] if stage.kind != "import" else []  # which writes there
+    if stage.kind == "import" and (module := values["checkpoint"][stage.method].get("module")):
+        links.append(root / module.partition(":")[0])
     if stage.kind == "tabulate":
         links += [root / "metrics" / name for name in ("attack", "autoattack", "sanity")]
     for path in links:

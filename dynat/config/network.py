@@ -67,6 +67,9 @@ class Checkpoint(Section):
     @property
     def spec(self) -> dict[str, Any]:
         """The network as ``dynat.networks.architectures.build`` takes it, but for classes and channels."""
-        name, constants = self.module, {"mean": self.mean, "std": self.std}
-        own = self.network.model_dump(exclude_none=True) if self.network else {"name": name}
+        code, constants = (
+            {"name": self.module, "sha256": self.module_sha256},
+            {"mean": self.mean, "std": self.std},
+        )
+        own = self.network.model_dump(exclude_none=True) if self.network else code
         return own | {key: value for key, value in constants.items() if value is not None}

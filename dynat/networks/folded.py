@@ -88,12 +88,19 @@ def _pairs(network: nn.Module) -> Iterator[tuple[str, str]]:
             found = [("conv1", "bn1"), ("conv2", "bn2")]
         elif isinstance(module, PreActBlock):
             found = [("conv1", "bn2")]
-        elif isinstance(module, nn.Sequential):
+        elif type(module).forward is nn.Sequential.forward:
             for (first, convolution), (second, norm) in pairwise(module.named_children()):
-                if isinstance(convolution, nn.Conv2d) and isinstance(norm, nn.BatchNorm2d):
+                if _foldable(convolution, norm):
                     found.append((first, second))
         prefix = f"{name}." if name else ""
         yield from ((prefix + convolution, prefix + norm) for convolution, norm in found)
+
+
+def _foldable(convolution: nn.Module, norm: nn.Module) -> bool:
+    """Whether both compute just what these classes do, which a subclass or a hook of somebody's may not."""
+    exact = type(convolution) in (nn.Conv2d, PixelConv) and type(norm) is nn.BatchNorm2d
+    hooks = [hook for each in (convolution, norm) for hook in (each._forward_pre_hooks, each._forward_hooks)]
+    return exact and not any(hooks) and norm.weight is not None and norm.running_mean is not None
 
 
 def _folded(convolution: nn.Module, norm: nn.Module) -> tuple[Tensor, Tensor]:

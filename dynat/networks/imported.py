@@ -55,8 +55,10 @@ def import_weights(
     network, _ = load_network(target, torch.device("cpu"))
     try:
         logits = network(to_unit(images))
-    except (RuntimeError, ValueError) as error:
-        raise UserError(f"images {list(images.shape[1:])}: {' '.join(str(error).split())[:200]}") from None
+    except Exception as error:  # somebody's code raises anything
+        raise UserError(f"images {list(images.shape[1:])}: {' '.join(repr(error).split())[:200]}") from None
+    if not isinstance(logits, Tensor):
+        raise UserError(f"gives a {type(logits).__name__} for images, not a tensor of logits")
     if logits.shape != (len(images), classes):
         raise UserError(f"gives logits {list(logits.shape)} for {len(images)} images of {classes} classes")
     if not logits.isfinite().all():
@@ -87,8 +89,9 @@ def read_state(path: Path, entry: str | None = None) -> dict[str, Tensor]:
     if not isinstance(content, Mapping):
         raise UserError(f"{path}: holds a {type(content).__name__}, not a state dict")
     within = [str(key) for key, value in content.items() if _is_state(value)]
-    if len(within) > 1:
-        raise UserError(f"{path}: has several state dicts, {', '.join(within)}; choose one with entry")
+    if len(within) + _is_state(content) > 1:
+        names = [*within, *(["the file itself"] * _is_state(content))]
+        raise UserError(f"{path}: has several state dicts, {', '.join(names)}; choose one with entry")
     found = _plain(content[within[0]] if within else content)
     if not found:
         raise UserError(f"{path}: holds no weights; it has {_keys(content)}")
@@ -96,16 +99,19 @@ def read_state(path: Path, entry: str | None = None) -> dict[str, Tensor]:
 
 
 def _is_state(value: object) -> bool:
-    return isinstance(value, Mapping) and bool(value) and all(isinstance(v, Tensor) for v in value.values())
+    return isinstance(value, Mapping) and any(isinstance(each, Tensor) for each in value.values())
 
 
 def _plain(state: Mapping[Any, Any]) -> dict[str, Tensor]:
     """The tensors of a state dict by their names without wrappers, floats in single precision."""
-    return {
-        WRAPPERS.sub("", str(name)): value.float() if value.is_floating_point() else value
-        for name, value in state.items()
-        if isinstance(value, Tensor)
-    }
+    found: dict[str, Tensor] = {}
+    for name, value in state.items():
+        if isinstance(value, Tensor):
+            plain = WRAPPERS.sub("", str(name))
+            if plain in found:
+                raise UserError(f"the file has {plain} twice, once below {name}; save one network alone")
+            found[plain] = value.float() if value.is_floating_point() else value
+    return found
 
 
 def _keys(content: object) -> str:
@@ -131,7 +137,10 @@ def fit(state: State, network: nn.Module, channels: int) -> Fitted:
     own = {name: value for name, value in below.items() if name in wanted}
     rest = {name: value for name, value in state.items() if name.removeprefix(prefix) not in own}
     normalising = {name: value for name, value in rest.items() if _constant(name, value, channels)}
-    unused = {name for name in rest if name.removeprefix(prefix).startswith("sub_block1.")}
+    kinds = sorted(CONSTANTS[name.rpartition(".")[2]] for name in normalising)
+    if kinds != ["mean", "std"]:  # one alone, or two normalisations, are none that can be taken over
+        normalising = {}
+    unused = {name for name in rest if name.removeprefix(prefix).startswith("sub_block1.")} | {"n_averaged"}
     odd = [name for name in rest if name not in normalising and name not in unused]
     for name, value in wanted.items():
         if name.endswith("num_batches_tracked"):
@@ -145,12 +154,14 @@ def fit(state: State, network: nn.Module, channels: int) -> Fitted:
     if odd or missing or shapes:
         faults = {"lacks": missing, "has besides": odd, "has shapes": shapes}
         text = "; ".join(f"{what} {some(names)}" for what, names in faults.items() if names)
-        spec = inferred({name: value for name, value in below.items() if name not in normalising})
+        spec = inferred(_from_the_stem({k: v for k, v in state.items() if not _constant(k, v, channels)}))
         raise UserError(f"the file {text}" + (f"; it fits {_written(spec)}" if spec else ""))
-    constants = {
+    constants: dict[str, list[float]] = {
         CONSTANTS[name.rpartition(".")[2]]: value.flatten().expand(channels).tolist()
         for name, value in normalising.items()
     }
+    if not all(0 <= value <= 1 for value in constants.get("mean", ())):
+        raise UserError(f"the file takes off a mean of {constants['mean']}, where pixels are in [0,1]")
     return Fitted({name: own[name] for name in wanted}, constants)
 
 
@@ -159,6 +170,13 @@ def _prefix(state: State, wanted: State) -> str:
     first = [name[: -len(own)] for own in wanted for name in state if name.endswith(f".{own}")]
     counts = {prefix: sum(f"{prefix}{name}" in state for name in wanted) for prefix in {"", *first}}
     return max(sorted(counts), key=lambda prefix: (counts[prefix], -len(prefix)))
+
+
+def _from_the_stem(state: State) -> State:
+    """A state under the names of the network whose first convolution stands the least deep."""
+    stems = [name for name in state if name.endswith("conv1.weight")]
+    prefix = min(stems, key=lambda name: name.count("."), default="").removesuffix("conv1.weight")
+    return {name.removeprefix(prefix): value for name, value in state.items() if name.startswith(prefix)}
 
 
 def _constant(name: str, value: Tensor, channels: int) -> bool:
@@ -181,7 +199,7 @@ def inferred(state: State) -> dict[str, Any] | None:
             spec = {"name": kind, "blocks": blocks, "strides": strides, "width": len(stem)}
         with torch.device("meta"):
             network = build(num_classes=len(head), in_channels=stem.shape[1], **spec)
-    except (KeyError, IndexError, UserError):
+    except (KeyError, IndexError, TypeError, UserError):
         return None
     shapes, there = (
         {name: value.shape for name, value in each.items() if not name.endswith("num_batches_tracked")}

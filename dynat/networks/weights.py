@@ -4,8 +4,10 @@ import json
 import sys
 from collections import OrderedDict
 from collections.abc import Mapping
-from importlib.util import module_from_spec, spec_from_file_location
+from importlib.machinery import SourceFileLoader
+from importlib.util import module_from_spec, spec_from_loader
 from pathlib import Path
+from types import CodeType
 from typing import Any
 
 import torch
@@ -15,7 +17,7 @@ from torch import Tensor, nn
 
 from dynat.errors import UserError
 from dynat.networks.architectures import Normalize, build
-from dynat.runtime.files import write_atomically
+from dynat.runtime.files import sha256, write_atomically
 
 CODE, WITHIN = "network.py", "network"  # of a network that is none of ours: its file, and the submodule
 
@@ -59,7 +61,17 @@ def load_network(path: Path, device: torch.device) -> tuple[nn.Module, int | Non
         raise UserError(f"{path}: not a network of this project: {reason}") from None
     for parameter in network.parameters():
         parameter.requires_grad_(False)
-    return network.to(device).to(memory_format=torch.channels_last).eval(), epoch
+    if not hasattr(network, WITHIN):  # somebody's own may take a view of what it has in memory
+        network.to(memory_format=torch.channels_last)
+    return network.to(device).eval(), epoch
+
+
+class _Source(SourceFileLoader):
+    """Code as its file has it: no bytecode of an earlier one is taken, and none is written beside it."""
+
+    def get_code(self, fullname: str) -> CodeType:
+        """The code object of the file."""
+        return self.source_to_code(self.get_data(self.path), self.path)
 
 
 def build_network(spec: Mapping[str, Any], folder: Path) -> nn.Module:
@@ -71,12 +83,15 @@ def build_network(spec: Mapping[str, Any], folder: Path) -> nn.Module:
     if ":" not in spec["name"]:
         return build(**spec)
     path, name = folder / CODE, str(spec["name"].partition(":")[2])
+    if sha256(path) != spec["sha256"]:
+        raise UserError(f"{path}: is not the code that these weights were imported with; run dvc checkout")
     print(f"warning: {path} is code that came with these weights, and is run", file=sys.stderr)
     try:
-        found = spec_from_file_location("dynat_checkpoint", path)
+        own = f"checkpoint_{spec['sha256'][:16]}"
+        found = spec_from_loader(own, _Source(own, str(path)), origin=str(path))
         assert found is not None
         assert found.loader is not None
-        module = module_from_spec(found)
+        module = sys.modules[found.name] = module_from_spec(found)  # where dataclasses look for it
         found.loader.exec_module(module)
         network = getattr(module, name)()
     except Exception as error:

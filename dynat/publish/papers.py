@@ -17,9 +17,11 @@ class Paper(TypedDict):
     venue: str
 
 
-def paper_of(method: str) -> Paper:
+def paper_of(method: str, trained_here: bool = True) -> Paper:
     """The paper of a recipe; one that has none is named by itself, its link and authors left empty."""
     known: dict[str, Paper] = json.loads(files("dynat.publish").joinpath("papers.json").read_text("utf-8"))
     recipe = recipe_of(method)
     family = "dynat" if recipe.startswith("dynat") and recipe != "dynat_robust_guide" else recipe
-    return known.get(family) or Paper(key=method, link="", name=method, authors="", venue="N/A")
+    return (known.get(family) if trained_here else None) or Paper(
+        key=method, link="", name=method, authors="", venue="N/A"
+    )

@@ -40,7 +40,10 @@ def write(release: Release, folder: Path) -> Iterator[str]:
     Raises :class:`UserError` for a network, data or a radius that it does not judge.
     """
     module, names, network, architecture = architecture_of(release.spec)
-    info, paper = model_info(release, architecture), paper_of(release.method)
+    info, paper = (
+        model_info(release, architecture),
+        paper_of(release.method, release.method not in release.params.checkpoint),
+    )
     key, dataset = f"{paper['key']}_{architecture}", info["dataset"]
     text = json.dumps(info, indent=2)  # escapes what is not ASCII, as the published ones do
     write_atomically(folder / f"model_info/{dataset}/Linf/{key}.json", text.encode())
@@ -108,7 +111,10 @@ def model_info(release: Release, architecture: str) -> dict[str, Any]:
     clean = next((each for each in release.results if each.measured.column == "clean"), None)
     if clean is None:
         raise UserError(f"{release.name}: robustbench needs the clean accuracy; run dvc repro")
-    paper, epsilon = paper_of(release.method), attacked.measured.epsilon
+    paper, epsilon = (
+        paper_of(release.method, release.method not in release.params.checkpoint),
+        attacked.measured.epsilon,
+    )
     notes = [FOOTNOTE] if epsilon == "0.031" else []
     for what, each in (("Clean accuracy", clean), ("AutoAttack", attacked)):
         if each.measured.n < WHOLE:

@@ -56,7 +56,7 @@ def main(stage: Callable[[], int | None]) -> None:
         begin()
         status = stage() or 0
     except UserError as error:
-        removed = re.match("prepare|train|attack|autoattack", os.environ.get("DVC_STAGE", ""))
+        removed = re.match("prepare|import|train|attack|autoattack", os.environ.get("DVC_STAGE", ""))
         removed = removed if "dvc checkout" not in str(error) else None
         hint = "; dvc checkout brings back an earlier output" if removed else ""
         print(f"error: {error}{hint}", file=sys.stderr)

@@ -131,3 +131,26 @@ def test_mixed_computes_in_bf16_answers_in_float32_and_is_as_exact_as_autocast(n
             error, reference = (mine - truth).norm(), (own - truth).norm()
             assert error < 5 * reference
             assert error < 0.1 * truth.norm()
+
+
+class Standardised(nn.Conv2d):
+    """A convolution that does more than its class says: its weights are standardised as they are used."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        weight = self.weight - self.weight.mean((1, 2, 3), keepdim=True)
+        return torch.nn.functional.conv2d(x, weight, self.bias, self.stride, self.padding)
+
+
+@pytest.mark.parametrize(
+    "norm", [nn.BatchNorm2d(4), nn.BatchNorm2d(4, affine=False), nn.BatchNorm2d(4, track_running_stats=False)]
+)
+@pytest.mark.parametrize("convolution", [Standardised(3, 4, 3), nn.Conv2d(3, 4, 3)])
+def test_somebodys_own_layers_are_not_folded_into_something_else(
+    convolution: nn.Module, norm: nn.BatchNorm2d
+) -> None:
+    network = (
+        nn.Sequential(convolution, norm, nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten()).double().eval()
+    )
+    x = torch.rand(5, 3, 8, 8, generator=torch.Generator().manual_seed(0), dtype=torch.float64)
+    with torch.no_grad():
+        assert torch.allclose(fold(network)(x), network(x), rtol=0, atol=1e-12)

@@ -1,5 +1,6 @@
 """Weights as people save them compute what their network computed, and what does not fit is named."""
 
+import hashlib
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -215,6 +216,12 @@ class Theirs(nn.Module):
         return self.head(self.features(x).relu().mean((2, 3)))
 
 
+def own(module: str) -> dict[str, Any]:
+    """What says that the network is a class of that code."""
+    sha256 = hashlib.sha256(CODED.encode()).hexdigest()
+    return {"network": None, "module": module, "module_sha256": sha256}
+
+
 def coded(tmp_path: Path) -> nn.Module:
     """A network of somebody's own code, which lies in ``tmp_path`` with its weights."""
     (tmp_path / CODE).write_text(CODED)
@@ -227,7 +234,7 @@ def test_a_network_of_somebodys_own_code_gives_its_logits_with_a_warning(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     theirs = coded(tmp_path)
-    given = checkpoint(network=None, module="nets/net.py:Net", mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
+    given = checkpoint(**own("nets/net.py:Net"), mean=[0.4, 0.5, 0.6], std=[0.2, 0.3, 0.25])
     import_weights(given, tmp_path / "w.pt", tmp_path, IMAGES, 5)
     assert f"warning: {tmp_path / CODE} is code that came with these weights" in capsys.readouterr().err
     mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in ([0.4, 0.5, 0.6], [0.2, 0.3, 0.25]))
@@ -237,19 +244,19 @@ def test_a_network_of_somebodys_own_code_gives_its_logits_with_a_warning(
 
 
 @pytest.mark.parametrize(
-    ("values", "classes", "reason"),
+    ("module", "classes", "reason"),
     [
-        ({"module": "net.py:Other"}, 5, r"Other\(\) fails: AttributeError"),
-        ({"module": "net.py:nn"}, 5, r"nn\(\) fails: TypeError"),
-        ({"module": "net.py:Net"}, 7, r"gives logits \[4, 5\] for 4 images of 7 classes"),
+        ("net.py:Other", 5, r"Other\(\) fails: AttributeError"),
+        ("net.py:nn", 5, r"nn\(\) fails: TypeError"),
+        ("net.py:Net", 7, r"gives logits \[4, 5\] for 4 images of 7 classes"),
     ],
 )
 def test_code_that_gives_no_network_for_these_images_is_refused(
-    tmp_path: Path, values: dict[str, Any], classes: int, reason: str
+    tmp_path: Path, module: str, classes: int, reason: str
 ) -> None:
     coded(tmp_path)
     with pytest.raises(UserError, match=reason):
-        import_weights(checkpoint(network=None, **values), tmp_path / "w.pt", tmp_path, IMAGES, classes)
+        import_weights(checkpoint(**own(module)), tmp_path / "w.pt", tmp_path, IMAGES, classes)
 
 
 def test_constants_that_contradict_the_files_own_are_refused(tmp_path: Path) -> None:
@@ -257,3 +264,57 @@ def test_constants_that_contradict_the_files_own_are_refused(tmp_path: Path) -> 
     given = checkpoint(mean=[0.5, 0.5, 0.5], std=[0.2, 0.3, 0.25])
     with pytest.raises(UserError, match=r"mean: \[0\.5, 0\.5, 0\.5\], but in the file it is \[0\.4"):
         import_weights(given, tmp_path / "w.pt", tmp_path, IMAGES, 5)
+
+
+def test_code_that_changed_since_the_import_is_not_run(tmp_path: Path) -> None:
+    coded(tmp_path)
+    import_weights(checkpoint(**own("net.py:Net")), tmp_path / "w.pt", tmp_path, IMAGES, 5)
+    (tmp_path / CODE).write_text(CODED.replace(".relu()", ".tanh()"))  # which has as many bytes
+    with pytest.raises(
+        UserError, match=r"network\.py: is not the code that these weights were imported with"
+    ):
+        load_network(tmp_path / "target.safetensors", CPU)
+    assert not (tmp_path / "__pycache__").exists()
+
+
+@pytest.mark.parametrize(
+    ("constants", "reason"),
+    [
+        ({"std": [0.2, 0.3, 0.25]}, "has besides std"),
+        (
+            {"mean": [0.4, 0.5, 0.6], "std": [0.2] * 3, "norm.mean": [0.5] * 3, "norm.std": [0.5] * 3},
+            "has besides",
+        ),
+        (
+            {"mean": [125.3, 123.0, 113.9], "std": [63.0, 62.1, 66.7]},
+            r"a mean of \[125\.\d+, .* pixels are in \[0,1\]",
+        ),
+    ],
+    ids=["one alone", "two of them", "of other pixels"],
+)
+def test_a_normalisation_that_cannot_be_taken_over_is_refused(
+    constants: dict[str, list[float]], reason: str
+) -> None:
+    state = network().state_dict() | {name: torch.tensor(values) for name, values in constants.items()}
+    with pytest.raises(UserError, match=reason):
+        fit(state, network(), 3)
+
+
+def test_weights_that_two_names_claim_and_a_second_state_dict_are_refused(tmp_path: Path) -> None:
+    state = network().state_dict()
+    torch.save({**state, "module.linear.bias": state["linear.bias"]}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match=r"has linear\.bias twice, once below module\.linear\.bias"):
+        read_state(tmp_path / "w.pt")
+    torch.save({"state_dict": {**state, "version": None}, "ema": state}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="several state dicts, state_dict, ema; choose one"):
+        read_state(tmp_path / "w.pt")
+    torch.save({**state, "ema": state}, tmp_path / "w.pt")
+    with pytest.raises(UserError, match="several state dicts, ema, the file itself; choose one"):
+        read_state(tmp_path / "w.pt")
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", "backbone.net."])
+def test_the_fitting_network_is_told_also_where_the_chosen_one_is_of_another_family(prefix: str) -> None:
+    state = {prefix + name: value for name, value in network().state_dict().items()}
+    with pytest.raises(UserError, match=r"it fits network: \{name: resnet, blocks: \[1, 1\]"):
+        fit(state, network(name="wrn", depth=10, widen=1), 3)

@@ -108,6 +108,11 @@ def test_values_are_those_of_the_shared_transcription() -> None:
 
 
 def test_weights_of_a_row_that_no_table_has_are_refused_with_the_closest() -> None:
-    refuse_rows({"theirs": "table1/TRADES", "ours": "table3/WRN-34-10/GAIRAT"})
+    own = dict.fromkeys(("theirs", "ours"), "cifar10_wrn34_10")
+    refuse_rows({"theirs": "table1/TRADES", "ours": "table3/WRN-34-10/GAIRAT"}, own)
     with pytest.raises(UserError, match=r"^params\.yaml: checkpoint\.theirs\.row: unknown 'table1/TRADE'; "):
-        refuse_rows({"theirs": "table1/TRADE"})
+        refuse_rows({"theirs": "table1/TRADE"}, own)
+    with pytest.raises(
+        UserError, match=r"theirs\.row: table1/TRADES is of cifar10_wrn34_10, checkpoints\.theirs"
+    ):
+        refuse_rows({"theirs": "table1/TRADES"}, {"theirs": "digits"})

@@ -53,12 +53,18 @@ def values() -> pd.DataFrame:
     return found.astype({"table": int}).set_index(found["row"] + "/" + found["column"])
 
 
-def refuse_rows(weights: Mapping[str, str]) -> None:
-    """Raise :class:`UserError` if a checkpoint of ``weights`` names a row that no table of the paper has."""
-    rows = {*values()["row"]}
+def refuse_rows(weights: Mapping[str, str], settings: Mapping[str, str]) -> None:
+    """Raise :class:`UserError` for a row of ``weights``, by checkpoint, that no table of the paper has.
+
+    And for one of another setting than ``settings`` attack the checkpoint in.
+    """
+    rows = {str(each["row"]): each["setting"] for each in values().to_dict("records")}
     for name, row in weights.items():
         try:
             check_known(f"checkpoint.{name}.row", row, rows)
+            if rows[row] != settings[name]:
+                reason = f"{row} is of {rows[row]}, checkpoints.{name} of {settings[name]}; set it to null"
+                raise KeyedError(f"checkpoint.{name}.row", reason)
         except KeyedError as error:
             raise UserError(f"params.yaml: {error}") from None
 
