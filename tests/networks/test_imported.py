@@ -270,9 +270,7 @@ def test_code_that_changed_since_the_import_is_not_run(tmp_path: Path) -> None:
     coded(tmp_path)
     import_weights(checkpoint(**own("net.py:Net")), tmp_path / "w.pt", tmp_path, IMAGES, 5)
     (tmp_path / CODE).write_text(CODED.replace(".relu()", ".tanh()"))  # which has as many bytes
-    with pytest.raises(
-        UserError, match=r"network\.py: is not the code that these weights"
-    ):
+    with pytest.raises(UserError, match=r"network\.py: is not the code that these weights"):
         load_network(tmp_path / "target.safetensors", CPU)
     assert not (tmp_path / "__pycache__").exists()
 

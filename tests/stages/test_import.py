@@ -37,6 +37,35 @@ def put(repository: Path, mirror: Path) -> dict[str, Any]:
     return {"file": "theirs.pth", "sha256": sha256, "origin": "a test", "network": network}
 
 
+CODED = """
+from torch import nn
+
+class Net(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv, self.norm, self.fc = nn.Conv2d(1, 4, 3, padding=1), nn.BatchNorm2d(4), nn.Linear(256, 10)
+
+    def forward(self, x):
+        return self.fc(self.norm(self.conv(x)).relu().view(len(x), -1))
+"""
+
+
+def put_code(repository: Path, mirror: Path) -> dict[str, Any]:
+    """A network that is none of ours, drawn at random: its file, its weights, its entry of params.yaml."""
+    (repository / "net.py").write_text(CODED)
+    draw, shapes = torch.Generator().manual_seed(0), {"conv": (4, 1, 3, 3), "fc": (10, 256)}
+    state = {f"{name}.weight": torch.randn(shape, generator=draw) for name, shape in shapes.items()}
+    state |= {f"{name}.bias": torch.zeros(shape[0]) for name, shape in shapes.items()}
+    norm = {"weight": 1.0, "bias": 0.0, "running_mean": 0.0, "running_var": 1.0}
+    state |= {f"norm.{name}": torch.full((4,), value) for name, value in norm.items()}
+    torch.save(state, mirror / "coded.pt")
+    sums = {
+        name: hashlib.sha256(path.read_bytes()).hexdigest()
+        for name, path in (("sha256", mirror / "coded.pt"), ("module_sha256", repository / "net.py"))
+    }
+    return {"file": "coded.pt", "origin": "a draw", "module": "net.py:Net", **sums}
+
+
 @pytest.mark.slow
 def test_the_same_weights_from_elsewhere_get_the_same_verdicts_and_an_audited_row(
     repository: Path,
@@ -47,10 +76,13 @@ def test_the_same_weights_from_elsewhere_get_the_same_verdicts_and_an_audited_ro
 ) -> None:
     entry = put(repository, tmp_path / "mirror")
     monkeypatch.setenv("DYNAT_DATA_MIRROR", str(tmp_path / "mirror"))
-    choose(repository, {"checkpoint": {"theirs": entry}, "checkpoints": {"theirs": "digits"}})
+    entries = {"theirs": entry, "coded": put_code(repository, tmp_path / "mirror")}
+    choose(repository, {"checkpoint": entries, "checkpoints": dict.fromkeys(entries, "digits")})
     done = dvc(repository, "repro", PATH=quick_path)
     assert done.returncode == 0, done.stdout + done.stderr
-    own = {"import@theirs", "attack_checkpoint@theirs", "autoattack_checkpoint@theirs"}
+    own = {
+        f"{s}@{name}" for s in ("import", "attack_checkpoint", "autoattack_checkpoint") for name in entries
+    }
     assert stages_run(done) == own | {"check", "tabulate"}
     for kind in ("attack", "autoattack"):
         ours, theirs = (
@@ -67,7 +99,8 @@ def test_the_same_weights_from_elsewhere_get_the_same_verdicts_and_an_audited_ro
     assert "theirs" not in last
     commit(repository, "theirs")
     assert audit(["--all"]) == 0
-    assert audit(["digits/theirs/0/pgd20", "--deep", "--replay", "1"]) == 0
+    for name in entries:
+        assert audit([f"digits/{name}/0/pgd20", "--deep", "--replay", "1"]) == 0
     said = capsys.readouterr().out
     assert "theirs.pth: at hand, with the hash that params.yaml says" in said
     assert "no step of theirs can be repeated" in said
