@@ -100,6 +100,10 @@ def become(request: dict[str, Any], files: list[int]) -> None:
     for target, file in enumerate(files):
         os.dup2(file, target)
         os.close(file)
+    for name, number in (("stdout", 1), ("stderr", 2)):  # the server's own may have been of a file that seeks
+        stream = open(number, "w", 1, "utf-8", "backslashreplace", closefd=False)  # noqa: SIM115  for the process
+        setattr(sys, name, stream)
+        setattr(sys, f"__{name}__", stream)
     os.setsid()
     pins = {name: os.environ[name] for name in PINNED}
     os.environ.clear()

@@ -7,7 +7,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from dynat.config.recipe import Recipe, Train
+from dynat.config.recipe import Recipe
+from dynat.config.train import Train
 from dynat.data.splits import Splits
 from dynat.methods import batches as module
 from dynat.methods.batches import Batch, batches, generator

@@ -239,7 +239,7 @@ def test_of_thousands_of_drawn_edits_each_is_refused_by_a_key_or_starts(
             if any("attack." in key for key in edits):
                 first_evaluations(params.study["digits"], training)
                 evaluated += 1
-    assert started > 50
+    assert started > 40
     assert evaluated > 5
     assert refused > 500
 
