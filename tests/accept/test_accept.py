@@ -105,8 +105,8 @@ LAST_BIT = "* (1 + 2**-23)"
 EDITS: dict[str, tuple[str, str, str, str]] = {
     "in every step": (
         OBJECTIVES,
-        "* (scale * kl).mean()",
-        f"* (scale * kl).mean() {LAST_BIT}",
+        "* kl).mean()",
+        f"* kl).mean() {LAST_BIT}",
         "epoch 0, step 0",
     ),
     "once weights are perturbed": (
