@@ -75,11 +75,14 @@ def write(
     setting: str = "toy",
     n: int = 100,
     last: int = 0,
+    train: int | None = None,
     aa: dict[int, int] | None = None,
     attack: dict[str, Any] | None = None,
     autoattack: dict[str, Any] | None = None,
 ) -> None:
     """Write attack metrics (``counts`` robust of n; in the last epoch ``last`` fewer) and AutoAttack's.
+
+    ``train`` of n training images are robust to PGD-20 in the last epoch; they are not attacked without it.
 
     ``aa`` maps a sample size to the robust ones among them.
     ``attack`` and ``autoattack`` replace entries of the headers.
@@ -92,6 +95,12 @@ def write(
         verdicts[checkpoint] = {
             name: {"n": n, "robust": hexadecimal([i < count - less for i in range(n)])}
             for name, count in counts.items()
+        }
+    if train is not None:
+        metrics["last-train"] = {"clean": stated(n, n), "pgd20": stated(train, n)}
+        verdicts["last-train"] = {
+            name: {"n": n, "robust": hexadecimal([i < count for i in range(n)])}
+            for name, count in (("clean", n), ("pgd20", train))
         }
     folder = root / f"metrics/attack/{setting}/{method}"
     put(folder / f"{seed}.json", metrics)

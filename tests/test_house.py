@@ -13,16 +13,16 @@ ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "pyproject.toml"
 LINES = {  # of *.py at most; a number here goes up only with what a user gets for it
     "stages": 320,
-    "dynat/audit": 1245,
+    "dynat/audit": 1250,
     "dynat/fleet": 1530,
     "dynat/accept": 555,
     "dynat/publish": 725,
-    "dynat/paper": 1705,
-    "dynat/evaluation": 1010,
+    "dynat/paper": 1740,
+    "dynat/evaluation": 1030,
     "dynat/methods": 1435,
     "dynat/networks": 785,
     "dynat/data": 660,
-    "dynat/runtime": 1380,
+    "dynat/runtime": 1385,
     "dynat/config": 970,
     "dynat/cost.py": 195,
     "dynat/errors.py": 10,
@@ -63,8 +63,8 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12440
-    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4850
+    assert sum(sizes.values()) <= 12510
+    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4870
 
 
 def test_no_module_is_longer_than_330_lines_and_no_function_than_50() -> None:

@@ -17,6 +17,7 @@ from dynat.config.params import Attack
 from dynat.data.splits import load, to_unit
 from dynat.errors import UserError
 from dynat.evaluation import whitebox
+from dynat.evaluation.checkpoints import TRAIN
 from dynat.evaluation.verdicts import decode
 from dynat.methods import attacks
 from dynat.methods.setup import is_compiled, set_up
@@ -31,6 +32,7 @@ SAMPLES = 20  # robust verdicts that are attacked again
 REFUTED = 0.1  # the share of them that rounding does not explain
 TOLERANCE = 1e-3  # relative, of a replayed loss on another kind of machine
 FILES = {"best": "target.safetensors", "last": "target.last.safetensors", "ema": "target.ema.safetensors"}
+FILES |= {TRAIN: FILES["last"]}
 
 
 @dataclass
@@ -86,7 +88,8 @@ def _stored(printed: Printed, source: Source, device: torch.device) -> Stored:
     verdicts = (read_json(root, source["verdicts"]) or {})[checkpoint][attack]
     robust = torch.tensor(decode(verdicts["robust"], verdicts["n"]), device=device)
     splits, (network, _) = load(root / data, device), load_network(root / weights, device)
-    natural, labels = splits.test_images[: len(robust)], splits.test_labels[: len(robust)]
+    natural, labels = splits[:2] if checkpoint == TRAIN else (splits.test_images, splits.test_labels)
+    natural, labels = natural[: len(robust)], labels[: len(robust)]
     tensors, _ = load_weights(root / images)
     indices = tensors.get(f"{checkpoint}/{attack}/indices", torch.zeros(0, dtype=torch.long))
     adversarial = tensors.get(f"{checkpoint}/{attack}/images", torch.zeros(0, *natural.shape[1:]))

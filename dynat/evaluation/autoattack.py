@@ -31,7 +31,7 @@ from dynat.methods.attacks import project
 from dynat.networks.folded import crafting_copy, fold
 from dynat.runtime import distributed
 from dynat.runtime.machine import convolutions, precision_of
-from dynat.runtime.workers import Say, share
+from dynat.runtime.workers import Say, allowed, share
 
 STANDARD = ("apgd-ce", "apgd-t", "fab-t", "square")
 FEWEST_FOR_DLR = 4  # the targeted DLR loss of apgd-t reads the four largest logits
@@ -89,9 +89,9 @@ def evaluate(
     firsts = range(0, len(images), spec.batch)
     chunks.expect(len(ensemble.attacks) * len(firsts))
     on_cpu = images.device.type == "cpu" and distributed.size() == 1
-    if on_cpu and spec.workers > 1 and chunks.shared:  # loaded below, all of them
+    if on_cpu and (workers := allowed(spec.workers)) > 1 and chunks.shared:  # loaded below, all of them
         work = [partial(attack, first) for first in firsts]
-        if not share(work, spec.workers, chunks.notify, chunks.stopped):
+        if not share(work, workers, chunks.notify, chunks.stopped):
             raise StoppedError
     parts = chunks.share([partial(attack, first, chunks.notify) for first in firsts])
     found = {name: join([part[name] for part, _ in parts], images.device) for name in parts[0][0]}

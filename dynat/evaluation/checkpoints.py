@@ -1,4 +1,4 @@
-"""The white-box attacks on both checkpoints of a method, and checks that their accuracies can be trusted."""
+"""The white-box attacks on every checkpoint of a method, and checks that their accuracies can be trusted."""
 
 from dataclasses import replace
 from typing import Any
@@ -12,11 +12,20 @@ from dynat.runtime import distributed
 from dynat.runtime.machine import precision_of
 
 PGD = ("pgd",)
-CHECKPOINTS = (("best", "target", ATTACKS), ("last", "target.last", PGD), ("ema", "target.ema", PGD))
+TRAIN = "last-train"  # the last epoch on training images: less the test images, it tells of overfitting
+CHECKPOINTS = (
+    ("best", "target", ATTACKS),
+    ("last", "target.last", PGD),
+    (TRAIN, "target.last", PGD),
+    ("ema", "target.ema", PGD),
+)
 
 
 def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks) -> Evaluation:
-    """Attack the selected checkpoint with everything in ``spec`` and the last one with PGD."""
+    """Attack the selected checkpoint with everything in ``spec`` and the last one with PGD.
+
+    On as many training images as test images, the first ones, PGD-20 alone: what they are compared in.
+    """
     images, labels = networks.images[: spec.n], networks.labels[: spec.n]
     evidence, header = {}, dict[str, Any]()
     if (precision := precision_of(spec.precision, images.device)) != "fp32":
@@ -24,10 +33,16 @@ def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks
     for checkpoint, name, attacks in CHECKPOINTS:
         if checkpoint == "ema" and not (networks.folder / f"{name}.safetensors").exists():
             continue
+        if checkpoint == TRAIN and 20 not in spec.pgd:
+            continue
         network, epoch = networks.load(name)
-        header |= {f"{checkpoint}_epoch": epoch} if epoch is not None else {}
+        header |= {f"{checkpoint}_epoch": epoch} if epoch is not None and checkpoint != TRAIN else {}
         own = replace(chunks, prefix=f"{checkpoint} ")
-        evidence[checkpoint] = evaluate(network, images, labels, spec, attacks, own)
+        what = images, labels, spec
+        if checkpoint == TRAIN:
+            seen = networks.train_images[: len(images)], networks.train_labels[: len(images)]
+            what = *seen, spec.model_copy(update={"pgd": [20]})
+        evidence[checkpoint] = evaluate(network, *what, attacks, own)
         if epoch is None:  # trained elsewhere: there is no other epoch
             break
     if distributed.rank() > 0:

@@ -36,12 +36,14 @@ Spec = TypeVar("Spec", Attack, AutoAttack)
 
 @dataclass(frozen=True)
 class TrainedNetworks:
-    """The trained networks of a run, by file, and the test images to attack them with."""
+    """The trained networks of a run, by file, and the images to attack them with."""
 
     folder: Path
     data: Path  # the file of the images
-    images: Tensor  # uint8 [n,C,H,W], on the device
+    images: Tensor  # uint8 [n,C,H,W], those of the test set; all on the device
     labels: Tensor  # int64 [n]
+    train_images: Tensor  # uint8 [m,C,H,W], as they are, without augmentation
+    train_labels: Tensor  # int64 [m]
     notes: tuple[str, ...] = ()  # what must stand beside every number from them
 
     def load(self, name: str) -> tuple[nn.Module, int | None]:
@@ -53,7 +55,7 @@ class TrainedNetworks:
 class Evaluation:
     """What the files of an evaluation hold."""
 
-    evidence: dict[str, dict[str, Evidence]]  # by checkpoint ("best", "last", "ema") and attack
+    evidence: dict[str, dict[str, Evidence]]  # by checkpoint, as in CHECKPOINTS, and attack
     header: dict[str, Any]  # of the metrics: epochs, warnings
     union: dict[str, Accuracy] = field(default_factory=dict)  # AutoAttack's on the first n images, by "n<n>"
     sanity: dict[str, Any] | None = None  # content of metrics/sanity, if the evaluation was checked
@@ -76,12 +78,13 @@ def trained_networks(run: Run, kind: str, device: torch.device) -> TrainedNetwor
     the target is missing or damaged.
     """
     data = Path("data", f"{run.setting}.safetensors")
-    test = load(data, device)
+    splits = load(data, device)
     try:
-        run.study.check_test_images(kind, len(test.test_images))
+        run.study.check_test_images(kind, len(splits.test_images))
     except KeyedError as error:
         raise UserError(f"study.{run.setting}.{error}") from None
-    networks = TrainedNetworks(run.path("models"), data, test.test_images, test.test_labels, test.notes)
+    test, train = (splits.test_images, splits.test_labels), (splits.train_images, splits.train_labels)
+    networks = TrainedNetworks(run.path("models"), data, *test, *train, splits.notes)
     networks.load("target")  # only to see that it can be
     return networks
 

@@ -11,7 +11,7 @@ from dynat.fleet.cluster import Cluster, Ref
 from dynat.fleet.display import Counts, Display, Running, duration
 from dynat.fleet.dvc_stages import Pipeline
 from dynat.fleet.needs import Command, Durations, Needs, needs
-from dynat.fleet.schedule import Node, Slots, fitting, longest_paths
+from dynat.fleet.schedule import Node, Slots, fitting, longest_paths, shared
 from dynat.fleet.worker import Job, Outcome, environment_of_driver, finished, folder_of, result_of
 
 POLL_S = 0.5
@@ -139,7 +139,8 @@ class Driver:
         for name in sorted(self.ready, key=lambda name: -paths[name]):
             tries = self.tries[name]
             try:
-                required = fitting(self.needs(name), self.slots.nodes.values())
+                nodes, wanted = self.slots.nodes.values(), len(self.ready) + len(self.attempts)
+                required = fitting(shared(self.needs(name), nodes, wanted), nodes)
             except UserError as error:
                 if not self.slots.nodes:
                     return  # all have gone; others may come
@@ -163,7 +164,8 @@ class Driver:
         tries.count += 1
         done = finished(stage, stage.dependencies(), result_of(self.root, name))
         planned = self.pipeline.begin(name, done or tries.count > 1)
-        job = Job(self.root, name, planned, environment_of_driver(), required.gpus, tries.count, self.stop)
+        environment = environment_of_driver() | {"DYNAT_WORKERS": str(required.workers)}
+        job = Job(self.root, name, planned, environment, required.gpus, tries.count, self.stop)
         command, size = self.commands[name], job.log.stat().st_size if job.log.exists() else 0
         running = Running(
             f"{node.name}{' GPU' if required.gpus else ''}",

@@ -23,6 +23,7 @@ class Needs:
 
     gpus: float
     cpus: float
+    workers: int = 1  # processes that share the work, and the cores; fewer take longer and find the same
 
 
 @dataclass(frozen=True)
@@ -76,7 +77,7 @@ def needs(command: Command, params: Params, meta: Mapping[str, Any], gpus_here: 
     ``meta`` of the stage in dvc.yaml (``gpus``, ``cpus``) says otherwise; ``gpus_here``: whether any node has
     a GPU. A study without a number of threads has a node for itself: infinitely many cores.
     """
-    gpus, cpus = 0.0, 1.0
+    gpus, cpus, workers = 0.0, 1.0, 1
     setting = command.arguments[0] if command.arguments else ""
     if command.kind == "check":  # tells whether what is selected can compute where it is to compute
         gpus = float(any(params.study[each].machine.device == "cuda" for each in params.settings))
@@ -86,7 +87,7 @@ def needs(command: Command, params: Params, meta: Mapping[str, Any], gpus_here: 
         workers = study.autoattack.workers if command.kind == "autoattack" and not on_gpu else 1
         gpus = float(launched * on_gpu)
         cpus = launched * workers * float(study.machine.threads or (1 if on_gpu else math.inf))
-    return Needs(float(meta.get("gpus", gpus)), float(meta.get("cpus", cpus)))
+    return Needs(float(meta.get("gpus", gpus)), float(meta.get("cpus", cpus)), workers)
 
 
 class Durations:

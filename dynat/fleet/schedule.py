@@ -1,7 +1,8 @@
 """Which stage runs next, and where: the longest way to the end first, on a node that has room."""
 
 from collections.abc import Collection, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from math import isinf
 
 from dynat.errors import UserError
 from dynat.fleet.needs import Needs
@@ -42,7 +43,20 @@ def fitting(needs: Needs, nodes: Iterable[Node]) -> Needs:
     able = [node for node in nodes if node.gpus >= needs.gpus and node.cpus > 0]
     if not able:
         raise UserError(f"{needs.gpus:g} GPUs are needed at once, and no node has as many")
-    return Needs(needs.gpus, min(needs.cpus, max(node.cpus for node in able)))
+    return replace(needs, cpus=min(needs.cpus, max(node.cpus for node in able)))
+
+
+def shared(needs: Needs, nodes: Iterable[Node], stages: int) -> Needs:
+    """``needs`` with fewer workers, where so many ``stages`` want the cores.
+
+    Side by side they are done sooner than one after another: what a stage does before its workers start,
+    and after, occupies one core. A stage that has a node for itself keeps it.
+    """
+    if isinf(needs.cpus):
+        return needs
+    cores, own = sum(node.cpus for node in nodes) / max(1, stages), needs.cpus / needs.workers
+    workers = max(1, min(needs.workers, int(cores // own))) if own else needs.workers
+    return replace(needs, cpus=workers * own, workers=workers)
 
 
 @dataclass

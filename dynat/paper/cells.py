@@ -13,12 +13,16 @@ from typing import Any
 import pandas as pd
 
 from dynat.evaluation.verdicts import wilson
-from dynat.paper.measurements import IN_AA, PREFIXES
+from dynat.paper.measurements import IN_AA, PREFIXES, TRAIN
 from dynat.paper.published import values
 
 TABLES, PLOTS, REPORT = "metrics/tables", "metrics/plots", "metrics/report.html"
 AVERAGED = ("pgd10", "pgd20", "pgd50", "cw", "aa")  # "All" of the paper's Table 1
-LAST = ("last-clean", "last-pgd20")  # columns of the last epoch in Markdown; the CSV has all of them
+LAST = (
+    "last-clean",
+    "last-pgd20",
+    f"{TRAIN}pgd20",
+)  # columns of the last epoch in Markdown; the CSV has all of them
 EMA = ("ema-clean", "ema-pgd20")  # those of the moving average there
 NUMBERS = ("accuracy", "low", "high", "sd", "n")
 SOURCE = ("seed", "file", "pointer", "verdicts", "checkpoint", "attack", "n")  # of a cell, in cells.json
@@ -34,6 +38,7 @@ FIELDS += ["measurements", "published", "difference"]
 # in the order of the tables
 NAMES = {"clean": "Clean", "fgsm": "FGSM", "pgd": "PGD-{}", "cw": "C&W", "apgd-ce": "APGD-CE", "aa": "AA"}
 NAMES |= {"aa-n": "AA", "aa@": "AA at ε = {}", "all": "All", IN_AA: "APGD-CE in AA"}
+WHICH = {"": "", TRAIN: ", last, training images", "last-": ", last", "ema-": ", ema"}
 Measured = dict[Any, Any]  # a Measurement as a dictionary
 
 
@@ -146,7 +151,11 @@ def cells_json(cells: pd.DataFrame) -> str:
 
 def attack_of(column: str) -> str:
     """A column without what tells its checkpoint."""
-    return column.removeprefix(PREFIXES["last"]).removeprefix(PREFIXES["ema"])
+    return column.removeprefix(_prefix(column))
+
+
+def _prefix(column: str) -> str:
+    return next((each for each in PREFIXES.values() if each and column.startswith(each)), "")
 
 
 def family(column: str) -> tuple[str, str]:
@@ -163,5 +172,4 @@ def family(column: str) -> tuple[str, str]:
 def name(column: str) -> str:
     """A column's name as the paper writes it."""
     attack, number = family(column)
-    which = next((f", {each}" for each in ("last", "ema") if column.startswith(PREFIXES[each])), "")
-    return NAMES.get(attack, attack).format(number) + which
+    return NAMES.get(attack, attack).format(number) + WHICH[_prefix(column)]

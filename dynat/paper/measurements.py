@@ -21,7 +21,9 @@ from dynat.runtime.files import read_csv, read_json
 from dynat.runtime.lock import locked, read_lock
 
 RUN = ["setting", "method", "seed"]
-PREFIXES = {"best": "", "last": "last-", "ema": "ema-"}  # of a column, by checkpoint
+TRAIN = "last-train-"
+# of a column, by checkpoint; whatever looks for one in a column must ask for the longer first
+PREFIXES = {"best": "", "last-train": TRAIN, "last": "last-", "ema": "ema-"}
 IN_AA = "aa-apgd-ce"  # beside "apgd-ce" of stage attack, which has a radius and images of its own
 CURVES = ["train_clean", "test_clean", "validation_robust"]
 CAVEATS = {  # entries of the metrics -> a sentence that must stand beside their numbers
@@ -49,7 +51,7 @@ class Measurement(NamedTuple):
     seed: int  # of the training
     kind: str  # the stage that measured: "attack" or "autoattack"
     column: str
-    checkpoint: str  # "best", "last" or "ema", the moving average in the last epoch
+    checkpoint: str  # "best", "last", "last-train" on training images, "ema": the average in the last epoch
     attack: str  # name in the verdicts; AutoAttack's union is its last attack, "square"
     robust: int  # samples
     n: int  # samples

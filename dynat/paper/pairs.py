@@ -11,7 +11,7 @@ import numpy as np
 import pandas as pd
 
 from dynat.paper.cells import AVERAGED
-from dynat.paper.measurements import AVERAGE
+from dynat.paper.measurements import AVERAGE, TRAIN
 from dynat.paper.statistics import ALPHA, Paired, Scores, holm, paired
 
 OVERFITTING = "overfitting"  # a column of scores: PGD-20 of the last epoch less that of the chosen one
@@ -92,7 +92,7 @@ def pairs(found: Judged) -> pd.DataFrame:
     """
     groups: dict[tuple[str, str], list[str]] = {}
     for setting, method, column in found:
-        if column != OVERFITTING:
+        if column != OVERFITTING and not column.startswith(TRAIN):
             groups.setdefault((setting, column), []).append(method)
     rows = []
     for (setting, column), methods in groups.items():

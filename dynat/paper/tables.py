@@ -11,7 +11,7 @@ import pandas as pd
 
 from dynat.config.params import Params
 from dynat.paper.cells import AVERAGED, EMA, LAST, NAMES, Measured, family, name
-from dynat.paper.measurements import ELSEWHERE, Results
+from dynat.paper.measurements import ELSEWHERE, TRAIN, Results
 from dynat.paper.pairs import OVERFITTING, Compared, Judged, compare
 from dynat.paper.published import TITLES, values
 from dynat.paper.statistics import ALPHA, unpaired
@@ -30,10 +30,12 @@ RAISED = str.maketrans(LETTERS, "ᵃᵇᶜᵈᵉᶠᵍʰⁱʲᵏˡᵐⁿᵒᵖʳ
 LIKE_THE_BEST = (
     "not significantly below the best of the column (paired on the same images; metrics/tables/pairs.md)"
 )
-NO_GAP = "not significant: 0 is in the unpaired 95 % interval, of the draw of test images alone"
+NO_GAP = "not significant: 0 is in the unpaired 95 % interval, of the draw of images alone"
 OVERFITTING_IS = (
     " Robust overfitting: PGD-20 of the chosen epoch less that of the last, in points, with the 95 % "
-    "interval of the paired difference. Verdicts under PGD on training images are not stored."
+    "interval of the paired difference. Train less test: PGD-20 of the last epoch on as many training "
+    "images, not augmented, less that on the test images, with the unpaired interval; over seeds mean ± "
+    "standard deviation."
 )
 HERE, PUBLISHED_WEIGHTS = "trained here", "published weights, attacked here"
 NO_OVERFITTING = "not significant at 5 %, uncorrected"
@@ -95,7 +97,13 @@ def setting_tables(
     ends = [*LAST, *(column for column in EMA if column in usual)]
     other = f"The same trainings without choosing an epoch.{_conditions(usual, ends)}"
     chosen = Table(setting, text, ["Method", *_headings(best, usual)])
-    head = ["Method", "Epoch (chosen / last)", *_headings(ends, usual), "Robust overfitting"]
+    head = [
+        "Method",
+        "Epoch (chosen / last)",
+        *_headings(ends, usual),
+        "Robust overfitting",
+        "Train less test",
+    ]
     last = Table(f"{setting}, last epoch", other, head)
     for method in params.methods(setting):
         failed = tuple(results.failed_checks[setting, method])
@@ -105,8 +113,9 @@ def setting_tables(
         if method in params.checkpoint:  # which has one epoch
             continue
         numbers = [items.get((method, column), Item()) for column in ends]
-        last.rows.append([label, epochs, *numbers, _overfitting(compared.judged, setting, method)])
-    last.introduction += OVERFITTING_IS if any(row[-1].text for row in last.rows) else ""
+        signs = [each(compared.judged, setting, method) for each in (_overfitting, _train_less_test)]
+        last.rows.append([label, epochs, *numbers, *signs])
+    last.introduction += OVERFITTING_IS if any(row[-2].text for row in last.rows) else ""
     return [chosen, last] if last.rows else [chosen]
 
 
@@ -129,6 +138,20 @@ def _overfitting(found: Judged, setting: str, method: str) -> Item:
     return Item(
         f"{lost.difference:+.2f} [{lost.low:.1f}, {lost.high:.1f}]", (NO_OVERFITTING,) * (lost.p > ALPHA)
     )
+
+
+def _train_less_test(found: Judged, setting: str, method: str) -> Item:
+    """PGD-20 of the last epoch on training images less that on test images, in points."""
+    seen, held = (found.get((setting, method, f"{each}pgd20"), {}) for each in (TRAIN, "last-"))
+    runs = [(seen[run], held[run]) for run in seen]
+    both = [(100 * float(a.mean()), len(a), 100 * float(b.mean()), len(b)) for a, b in runs]
+    if not both:
+        return Item()
+    gaps = [train - test for train, _, test, _ in both]
+    if len(gaps) > 1:
+        return Item(f"{np.mean(gaps):+.2f} ± {np.std(gaps, ddof=1):.2f}")
+    low, high = unpaired(*both[0])
+    return Item(f"{gaps[0]:+.2f} [{low:.1f}, {high:.1f}]", (NO_GAP,) * (low <= 0 <= high))
 
 
 def paper_table(number: int, params: Params, results: Results, cells: pd.DataFrame) -> Table:

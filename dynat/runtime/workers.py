@@ -21,6 +21,11 @@ Say = Callable[[str], None]
 Work = Sequence[Callable[[Say], object]]
 
 
+def allowed(workers: int) -> int:
+    """``workers``, or what a fleet leaves of them to this stage (``DYNAT_WORKERS``)."""
+    return min(workers, int(os.environ.get("DYNAT_WORKERS", workers)))
+
+
 def share(work: Work, workers: int, notify: Say, stopped: Callable[[], bool]) -> bool:
     """Do all of ``work`` in ``workers`` forked processes; False if ``stopped`` asked to leave.
 

@@ -145,7 +145,8 @@ def test_a_worker_that_is_killed_costs_only_what_was_not_saved(folder: Path, ser
 
 
 @pytest.mark.parametrize("how", [signal.SIGKILL, signal.SIGSTOP], ids=["dies", "freezes"])
-def test_the_stages_of_a_lost_node_go_on_elsewhere(how: signal.Signals, folder: Path, serial: Path) -> None:
+def test_the_stages_of_a_lost_node_go_on_elsewhere(how: signal.Signals, tmp_path: Path, serial: Path) -> None:
+    folder = repository(tmp_path / "r", seconds=10)  # longer than it takes to see that a node does not answer
     with cluster(one=GPU, two=GPU) as nodes:
         process = start(folder, "--address", nodes.address)
         until(lambda: begun(folder, "a"))

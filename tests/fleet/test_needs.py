@@ -8,7 +8,7 @@ import pytest
 from dynat.config.params import Params, load
 from dynat.errors import UserError
 from dynat.fleet.needs import Command, Durations, Needs, needs, processes
-from dynat.fleet.schedule import Node, Slots, fitting, longest_paths
+from dynat.fleet.schedule import Node, Slots, fitting, longest_paths, shared
 
 
 @pytest.fixture(scope="module")
@@ -48,6 +48,20 @@ def test_a_study_without_a_number_of_threads_has_a_node_for_itself(params: Param
     assert wanted == (0, math.inf)
     nodes = [Node("1", "small", 2, 0), Node("2", "large", 16, 0)]
     assert fitting(Needs(*wanted), nodes) == Needs(0, 16)
+
+
+@pytest.mark.parametrize(
+    ("workers", "stages", "expected"), [(4, 1, 4), (4, 2, 4), (4, 3, 2), (4, 20, 1), (1, 20, 1), (16, 1, 8)]
+)
+def test_where_stages_wait_each_has_fewer_workers_and_no_core_is_idle(
+    workers: int, stages: int, expected: int
+) -> None:
+    nodes = [Node("1", "a", 4, 0), Node("2", "b", 4, 0)]
+    assert shared(Needs(0, workers, workers), nodes, stages) == Needs(0, expected, expected)
+    assert (
+        shared(Needs(0, 2 * workers, workers), nodes * 2, stages).workers == expected
+    )  # of two threads each
+    assert shared(Needs(0, math.inf, workers), nodes, stages) == Needs(0, math.inf, workers)
 
 
 @pytest.mark.parametrize(

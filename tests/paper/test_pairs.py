@@ -4,12 +4,15 @@ import itertools
 import json
 import math
 import random
+from math import hypot
 from pathlib import Path
+from statistics import stdev
 from typing import Any
 
 import pytest
 from synthetic import COUNTS, binary, files, hexadecimal, params, put, raised, records, rows, stated, write
 
+from dynat.evaluation.verdicts import wilson
 from dynat.paper.measurements import read_results
 from dynat.paper.pairs import compared, judged
 
@@ -133,6 +136,32 @@ def test_robust_overfitting_is_the_paired_loss_from_the_chosen_to_the_last_epoch
     for method in METHODS:
         best, last = (flags(tmp_path, method, 0, "pgd20", each) for each in ("best", "last"))
         assert table[method]["Robust overfitting"].startswith(f"{sum(best) - sum(last):+.2f} [")
+
+
+def test_train_less_test_is_of_the_last_epoch_with_the_unpaired_interval(tmp_path: Path) -> None:
+    write(tmp_path, "dynat", COUNTS, last=3, train=95)
+    found = files(params([], ["dynat"]), tmp_path)
+    test = sum(flags(tmp_path, "dynat", 0, "pgd20", "last"))
+    ends = {name: wilson(count, 100) for name, count in (("train", 95), ("test", test))}
+    gap = 0.95 - test / 100
+    low = gap - hypot(0.95 - ends["train"][0], ends["test"][1] - test / 100)
+    high = gap + hypot(ends["train"][1] - 0.95, test / 100 - ends["test"][0])
+    row = rows(found["metrics/tables/toy.md"], 1)["dynat"]
+    assert row["Train less test"] == f"{100 * gap:+.2f} [{100 * low:.1f}, {100 * high:.1f}]"
+    assert row["PGD-20, last, training images"].startswith("95.00 [")
+
+
+def test_train_less_test_over_seeds_has_their_deviation_and_no_pair_is_judged_on_training_images(
+    tmp_path: Path,
+) -> None:
+    for seed, train in enumerate((80, 90)):
+        for method in ("pgd_at", "dynat"):
+            write(tmp_path, method, COUNTS, seed=seed, train=train)
+    found = files(params(["pgd_at"], ["dynat"], (0, 1)), tmp_path)
+    test = COUNTS["pgd20"]
+    gap = rows(found["metrics/tables/toy.md"], 1)["dynat"]["Train less test"]
+    assert gap == f"{85 - test:+.2f} ± {stdev((80, 90)):.2f}"
+    assert not any("train" in row["column"] for row in records(found["metrics/tables/pairs.csv"]))
 
 
 def test_other_conditions_are_no_pair(tmp_path: Path) -> None:

@@ -12,12 +12,19 @@ from pathlib import Path
 import pytest
 
 from dynat.errors import UserError
-from dynat.runtime.workers import Say, share
+from dynat.runtime.workers import Say, allowed, share
 
 
 def write(path: Path, say: Say) -> None:
     path.write_text("done")
     say(path.name)
+
+
+def test_a_fleet_leaves_a_stage_fewer_workers_and_never_more(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("DYNAT_WORKERS", raising=False)
+    assert allowed(3) == 3
+    monkeypatch.setenv("DYNAT_WORKERS", "2")
+    assert [allowed(each) for each in (1, 2, 3)] == [1, 2, 2]
 
 
 def test_all_work_is_done_and_heard_of(tmp_path: Path) -> None:

@@ -31,6 +31,7 @@ DERIVED = {  # properties of the parameters -> the keys that they are made of
     "methods": {*TRAINED, "checkpoints"},
     "runs": {*TRAINED, "checkpoints", "settings", "seeds"},
     "published_weights": {"checkpoints", "checkpoint"},
+    "study": set(),  # whether it is modern: stands in the models' own metadata, so that these change with it
 }
 
 

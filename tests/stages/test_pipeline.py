@@ -11,7 +11,12 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 from pipelines import FINISHED, choose, copy, dvc, git, stages_run
+from safetensors.torch import load_file
+
+from dynat.evaluation.verdicts import accuracy, encode
+from dynat.networks.weights import load_network
 
 pytestmark = pytest.mark.slow
 
@@ -45,6 +50,36 @@ def test_table_holds_a_number_for_every_selected_method(finished_pipeline: Path)
     assert "dynat" in table
     cells = json.loads((finished_pipeline / "metrics/tables/cells.json").read_text())
     assert {"digits/pgd_at/0/aa", "digits/dynat/0/aa", "digits/dynat/0/pgd20"} <= set(cells)
+
+
+def test_the_last_epoch_is_attacked_on_as_many_training_images_as_test_images(
+    finished_pipeline: Path,
+) -> None:
+    name = "digits/dynat/0"
+    metrics, verdicts = (
+        json.loads((finished_pipeline / f"metrics/attack/{name}.{ending}").read_text())
+        for ending in ("json", "verdicts.json")
+    )
+    witness = load_file(finished_pipeline / f"metrics/attack/{name}.witness.safetensors")
+    data = load_file(finished_pipeline / "data/digits.safetensors")
+    n = metrics["last"]["clean"]["n"]
+    x, y = data["train_images"][:n].float() / 255, data["train_labels"][:n]
+    network, _ = load_network(
+        finished_pipeline / f"models/{name}/target.last.safetensors", torch.device("cpu")
+    )
+    with torch.no_grad():
+        clean = network(x).argmax(1) == y
+        broken, images = (witness[f"last-train/pgd20/{each}"] for each in ("indices", "images"))
+        fooled = network(images).argmax(1) != y[broken]
+    assert metrics["last-train"].keys() == verdicts["last-train"].keys() == {"clean", "pgd20"}
+    assert metrics["last-train"]["clean"] == accuracy(clean.tolist())
+    assert fooled.all()
+    assert (images - x[broken]).abs().max() <= metrics["epsilon"] + 1e-6
+    robust = clean.clone()
+    robust[broken] = False
+    assert 0 < len(broken) < clean.sum()
+    assert metrics["last-train"]["pgd20"] == accuracy(robust.tolist())
+    assert verdicts["last-train"]["pgd20"] == {"n": n, "robust": encode(robust.tolist())}
 
 
 def test_alpha_reruns_the_dynat_family_and_the_tables_and_nothing_else(
