@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "pyproject.toml"
 LINES = {  # of *.py at most; a number here goes up only with what a user gets for it
     "stages": 320,
-    "dynat/audit": 1250,
+    "dynat/audit": 1255,
     "dynat/fleet": 1530,
     "dynat/accept": 555,
     "dynat/publish": 725,
@@ -63,7 +63,7 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12510
+    assert sum(sizes.values()) <= 12530
     assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4870
 
 

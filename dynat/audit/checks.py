@@ -10,6 +10,7 @@ from dynat.audit.lineage import CODE, Lineage
 from dynat.audit.link import Audited, Link, absent, broken, good, one_line, some
 from dynat.audit.printed import Printed, Source, kind_and_run
 from dynat.audit.selection import stages_behind
+from dynat.config.params import guide_of
 from dynat.data.download import verify, verify_weights
 from dynat.errors import UserError
 from dynat.runtime.files import read_json
@@ -64,16 +65,21 @@ def _archive(printed: Printed, stage: str) -> list[Link]:
 
 
 def _runs(printed: Printed, lineage: Lineage, source: Source) -> Iterator[tuple[str, str, str, str]]:
-    """Stage, run, weights and code of the training and of the evaluation behind a source."""
+    """Stage, run, weights and code of the trainings and of the evaluation behind a source."""
     kind, run = kind_and_run(source)
     try:  # SHA-256 of the weights that the metrics are of; empty if they are unreadable or do not say
         model = str((read_json(printed.root, source["file"]) or {}).get("model_sha256", ""))
     except UserError:
         model = ""
-    made = "import" if run.split("/")[1] in printed.params.checkpoint else "train"
-    for stage, output in ((made, f"models/{run}"), (kind, source["file"])):
+    setting, method, seed = run.split("/")
+    made = "import" if method in printed.params.checkpoint else "train"
+    behind = [(made, run, model, f"models/{run}"), (kind, run, model, source["file"])]
+    if guide := guide_of(method):  # frozen, trained by a stage of its own; dvc.lock alone has its hash
+        own = f"{setting}/{guide}/{seed}"
+        behind.insert(0, ("train", own, "", f"models/{own}"))
+    for stage, of, weights, output in behind:
         entry = lineage.lock.get(lineage.producers.get(output, ""), {})
-        yield stage, run, model, locked(entry, "deps").get(f"{CODE}{stage}.json", "")
+        yield stage, of, weights, locked(entry, "deps").get(f"{CODE}{stage}.json", "")
 
 
 def add_evidence(printed: Printed, found: Audited, deep: bool, steps: int) -> None:

@@ -30,10 +30,9 @@ def circumstances(root: Path, stage: str, run: str, model_sha256: str, code: str
         status, tagged = logged or ("FINISHED", None)
         kind, _, cell = record["stage"].partition("@")
         weights, seed = record["model_sha256"], str(record["seed"])
-        named = (
-            run.replace("/", "-"),
-            run.split("/")[1],
-        )  # a stage of a checkpoint is called by its name alone
+        whole, method = run.replace("/", "-"), run.split("/")[1]
+        # a stage of a checkpoint is called by its name alone, train_guide by its recipe
+        named = whole, method, whole.replace("-guide-", "-")
         for fault, now, wanted in (
             (f"is the record of {record['stage']}", kind.split("_")[0], stage),
             (f"is the record of {record['stage']}", cell in ("", *named), True),

@@ -17,7 +17,8 @@ from pathlib import Path
 from dynat.errors import UserError
 
 LITTER = re.compile(  # what systems and people leave beside images: never read, and in no hash
-    r"(.*/)?(\..*|__MACOSX/.*|thumbs\.db|desktop\.ini|(readme|licen[cs]e)(\.(txt|md))?)", re.IGNORECASE
+    r"(.*/)?(\..*|(__MACOSX|@eaDir)/.*|(eh)?thumbs\.db|desktop\.ini|icon\r|(readme|licen[cs]e)(\.(txt|md))?)",
+    re.IGNORECASE,
 )
 Files = Mapping[str, Callable[[], bytes]]  # name from the top with /, in the archive's order -> its content
 BROKEN = (

@@ -3,7 +3,8 @@
 import logging
 import os
 import secrets
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager, redirect_stdout
 from pathlib import Path
 from typing import Any
 
@@ -107,6 +108,13 @@ class Cluster:
     def abandon(self, job: Ref) -> None:
         """Expect no more of a job whose node does not answer: Ray itself would wait for minutes."""
         ray.cancel(job, force=True)
+
+    @contextmanager
+    def quiet(self) -> Iterator[None]:
+        """Ray prints the log of a node that died: to a file beside the stages' logs."""
+        name = worker.folder_of(self.root) / "ray.log"
+        with open(name, "a", encoding="utf-8") as log, redirect_stdout(log):
+            yield
 
     def close(self) -> None:
         """Leave the cluster; one that was started for this run ends."""

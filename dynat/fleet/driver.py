@@ -65,7 +65,7 @@ class Driver:
 
     def run(self) -> bool:
         """Do everything that can be done; whether nothing was asked to stop."""
-        with self.display:
+        with self.display, self.cluster.quiet():
             while self.waiting or self.ready or self.attempts:
                 if self.stopping() and not self.stop.exists():
                     self.stop.touch()

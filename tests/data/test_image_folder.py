@@ -65,6 +65,9 @@ def test_image_folder_is_read_whole_with_its_labels_and_without_litter(
         "test/ant/._0.png",
         "train/Thumbs.db",
         "test/zebra/desktop.ini",
+        "test/zebra/ehthumbs.db",
+        "test/ant/@eaDir/0.png/SYNOFILE_THUMB_M.png",
+        "train/Icon\r",
         "README.txt",
     )
     rest = dict.fromkeys((*litter, "train/README", "__MACOSX/train/ant/0.png", "LICENSE.md"), b"")

@@ -166,6 +166,7 @@ def test_the_stages_of_a_lost_node_go_on_elsewhere(how: signal.Signals, tmp_path
     assert status == 0, output
     assert same_outputs(folder, serial)
     assert "tried again" in output
+    assert "aylet" not in output, "Ray's own lines are for its log"
     assert all(begun(folder, name, "end") == 1 for name in ("first", "a", "b", "c", "d", "last"))
 
 
@@ -239,9 +240,13 @@ def test_gpus_of_different_kinds_are_refused_unless_they_are_asked_for(tmp_path:
         assert run(folder, "--address", nodes.address, "--gpu-kind", "H100")[0] == 0
 
 
-def in_namespaces(kinds: list[str], script: str, address: str, folder: Path) -> "subprocess.Popen[bytes]":
+def in_namespaces(
+    kinds: list[str], script: str, address: str, folder: Path, gpus: int = 0
+) -> "subprocess.Popen[bytes]":
     """A Ray node behind namespaces of its own: another machine, as far as it can tell."""
-    ray = f"{Path(sys.executable).parent}/ray start --address={address} --num-cpus=2 --block"
+    ray = (
+        f"{Path(sys.executable).parent}/ray start --address={address} --num-cpus=4 --num-gpus={gpus} --block"
+    )
     command = ["unshare", *kinds, "/bin/sh", "-c", f"{script}; exec {ray}"]
     quiet = {"stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     return subprocess.Popen(command, cwd=folder, env=environment(), start_new_session=True, **quiet)  # type: ignore[call-overload,no-any-return]
@@ -258,10 +263,42 @@ def joined(nodes: object, count: int) -> None:
     subprocess.run(command, env=environment(), check=True, timeout=90, capture_output=True)
 
 
-@pytest.mark.skipif(
-    not shutil.which("unshare") or subprocess.run(["unshare", "-m", "-u", "true"]).returncode != 0,
+needs_namespaces = pytest.mark.skipif(
+    not shutil.which("unshare")
+    or subprocess.run(["unshare", "-m", "-u", "-p", "-f", "true"]).returncode != 0,
     reason=NAMESPACES,
 )
+
+
+@needs_namespaces
+def test_two_machines_whose_process_ids_are_their_own_share_the_stages_and_one_may_lose_its_power(
+    tmp_path: Path, serial: Path
+) -> None:
+    folder = repository(tmp_path / "r", seconds=10)
+    with cluster(node=GPU) as nodes:
+        own = ["-m", "-u", "-p", "-f", "--mount-proc"]
+        other = in_namespaces(own, "hostname elsewhere", nodes.address, folder, gpus=2)
+        try:
+            joined(nodes, 2)
+            server = "http://tracking.example.org:5000"  # which no sleeper asks
+            process = start(folder, "--address", nodes.address, MLFLOW_TRACKING_URI=server)
+            until(lambda: all(begun(folder, name) for name in "abcd"))
+            time.sleep(0.5)
+        finally:
+            os.killpg(other.pid, signal.SIGKILL)  # its first process, with which the kernel ends all others
+            other.wait()
+        status, output = finish(process)
+    assert status == 0, output
+    assert same_outputs(folder, serial)
+    there = [line.partition(":")[0] for line in output.splitlines() if "started on elsewhere GPU" in line]
+    assert len(there) == 2
+    for name in "abcd":
+        assert begun(folder, name) == 1 + (name in there), "a stage ran twice, or not where it was"
+        assert begun(folder, name, "end") == 1
+        assert (f"{name}: node elsewhere does not answer; tried again" in output) == (name in there)
+
+
+@needs_namespaces
 @pytest.mark.parametrize(
     ("kinds", "script", "message"),
     [

@@ -5,6 +5,8 @@ The finished pipeline was run by processes of their own, whatever is run here by
 
 import json
 import sqlite3
+import subprocess
+import sys
 import time
 from contextlib import closing
 from pathlib import Path
@@ -12,7 +14,7 @@ from typing import Any
 
 import pytest
 import torch
-from pipelines import FINISHED, choose, copy, dvc, git, stages_run
+from pipelines import FINISHED, choose, commit, copy, dvc, dvc_environment, git, stages_run
 from safetensors.torch import load_file
 
 from dynat.evaluation.verdicts import accuracy, encode
@@ -80,6 +82,30 @@ def test_the_last_epoch_is_attacked_on_as_many_training_images_as_test_images(
     assert 0 < len(broken) < clean.sum()
     assert metrics["last-train"]["pgd20"] == accuracy(robust.tolist())
     assert verdicts["last-train"]["pgd20"] == {"n": n, "robust": encode(robust.tolist())}
+
+
+def test_a_distilled_method_learns_from_a_guide_of_its_own_stage_and_the_audit_names_both_trainings(
+    pipeline: Path, quick_path: str
+) -> None:
+    chosen = ("distilled=[rslad]", "guides=[pgd_at]", "seeds=[0]")
+    options = [part for each in chosen for part in ("-S", each)]
+    result = dvc(pipeline, "exp", "run", *options, PATH=quick_path)
+    assert result.returncode == 0, result.stdout + result.stderr
+    kinds = ("train", "attack", "autoattack")
+    assert stages_run(result) == {
+        "check",
+        "train_guide@digits-pgd_at-0",
+        *(f"{kind}_distilled@digits-rslad-pgd_at-0" for kind in kinds),
+        "tabulate",
+    }
+    commit(pipeline, "distilled")
+    cells = [f"digits/rslad-pgd_at/0/{column}" for column in ("pgd20", "last-train-pgd20")]
+    command = [sys.executable, "-m", "dynat.audit", "--deep", *cells]
+    audited = subprocess.run(command, cwd=pipeline, env=dvc_environment(), capture_output=True, text=True)
+    assert audited.returncode == 0, audited.stdout + audited.stderr
+    for run in ("guide-pgd_at", "rslad-pgd_at"):
+        assert f"metrics/runs/train/digits/{run}/0.json" in audited.stdout
+    assert "witness" in audited.stdout
 
 
 def test_alpha_reruns_the_dynat_family_and_the_tables_and_nothing_else(
