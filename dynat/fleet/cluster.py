@@ -118,7 +118,8 @@ class Cluster:
 
     def close(self) -> None:
         """Leave the cluster; one that was started for this run ends."""
-        ray.shutdown()
+        with self.quiet():
+            ray.shutdown()
 
     def _preflight(self, node_ids: list[str]) -> dict[str, dict[str, Any]]:
         jobs = {

@@ -99,8 +99,8 @@ def test_a_killed_evaluation_ends_with_the_same_bytes_and_repeats_no_finished_ch
 
     write_params(trained.folder, autoattack__workers=workers)
     kills: list[dict[str, Any]] = [
+        {"kill_at": (r"\.pt\.tmp$", chance.randrange(2))},  # first, while there are chunks to save
         {"strike": after(chance.uniform(0.1, 0.4 * duration))},
-        {"kill_at": (r"\.pt\.tmp$", chance.randrange(2))},
         {"kill_at": (rf"metrics/{stage}/mini/pgd_at/\.0\..*\.tmp$", chance.randrange(3))},
         {},
     ]

@@ -99,13 +99,13 @@ def test_a_distilled_method_learns_from_a_guide_of_its_own_stage_and_the_audit_n
         "tabulate",
     }
     commit(pipeline, "distilled")
-    cells = [f"digits/rslad-pgd_at/0/{column}" for column in ("pgd20", "last-train-pgd20")]
-    command = [sys.executable, "-m", "dynat.audit", "--deep", *cells]
-    audited = subprocess.run(command, cwd=pipeline, env=dvc_environment(), capture_output=True, text=True)
-    assert audited.returncode == 0, audited.stdout + audited.stderr
-    for run in ("guide-pgd_at", "rslad-pgd_at"):
-        assert f"metrics/runs/train/digits/{run}/0.json" in audited.stdout
-    assert "witness" in audited.stdout
+    for column in ("pgd20", "last-train-pgd20"):
+        command = [sys.executable, "-m", "dynat.audit", "--deep", f"digits/rslad-pgd_at/0/{column}"]
+        audited = subprocess.run(command, cwd=pipeline, env=dvc_environment(), capture_output=True, text=True)
+        assert audited.returncode == 0, audited.stdout + audited.stderr
+        for run in ("guide-pgd_at", "rslad-pgd_at"):
+            assert f"metrics/runs/train/digits/{run}/0.json" in audited.stdout
+        assert "witness" in audited.stdout
 
 
 def test_alpha_reruns_the_dynat_family_and_the_tables_and_nothing_else(
