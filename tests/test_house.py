@@ -13,12 +13,12 @@ ROOT = Path(__file__).parents[1]
 PROJECT = ROOT / "pyproject.toml"
 LINES = {  # of *.py at most; a number here goes up only with what a user gets for it
     "stages": 320,
-    "dynat/audit": 1255,
-    "dynat/fleet": 1530,
+    "dynat/audit": 1265,
+    "dynat/fleet": 1540,
     "dynat/accept": 555,
     "dynat/publish": 725,
     "dynat/paper": 1740,
-    "dynat/evaluation": 1030,
+    "dynat/evaluation": 1035,
     "dynat/methods": 1435,
     "dynat/networks": 785,
     "dynat/data": 660,
@@ -63,8 +63,8 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12530
-    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4870
+    assert sum(sizes.values()) <= 12585
+    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4875
 
 
 def test_no_module_is_longer_than_330_lines_and_no_function_than_50() -> None:

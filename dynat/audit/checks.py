@@ -8,12 +8,11 @@ from dynat.audit.circumstances import circumstances
 from dynat.audit.history import commits
 from dynat.audit.lineage import CODE, Lineage
 from dynat.audit.link import Audited, Link, absent, broken, good, one_line, some
-from dynat.audit.printed import Printed, Source, kind_and_run
+from dynat.audit.printed import Printed, Source, guide_run, kind_and_run
 from dynat.audit.selection import stages_behind
-from dynat.config.params import guide_of
 from dynat.data.download import verify, verify_weights
 from dynat.errors import UserError
-from dynat.runtime.files import read_json
+from dynat.runtime.files import read_json, sha256
 from dynat.runtime.lock import locked
 from dynat.runtime.machine import pin
 
@@ -71,12 +70,11 @@ def _runs(printed: Printed, lineage: Lineage, source: Source) -> Iterator[tuple[
         model = str((read_json(printed.root, source["file"]) or {}).get("model_sha256", ""))
     except UserError:
         model = ""
-    setting, method, seed = run.split("/")
-    made = "import" if method in printed.params.checkpoint else "train"
+    made = "import" if run.split("/")[1] in printed.params.checkpoint else "train"
     behind = [(made, run, model, f"models/{run}"), (kind, run, model, source["file"])]
-    if guide := guide_of(method):  # frozen, trained by a stage of its own; dvc.lock alone has its hash
-        own = f"{setting}/{guide}/{seed}"
-        behind.insert(0, ("train", own, "", f"models/{own}"))
+    if guide := guide_run(run):
+        file = printed.root / f"models/{guide}/target.safetensors"
+        behind.insert(0, ("train", guide, sha256(file) if file.is_file() else "", f"models/{guide}"))
     for stage, of, weights, output in behind:
         entry = lineage.lock.get(lineage.producers.get(output, ""), {})
         yield stage, of, weights, locked(entry, "deps").get(f"{CODE}{stage}.json", "")

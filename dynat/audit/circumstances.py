@@ -32,7 +32,7 @@ def circumstances(root: Path, stage: str, run: str, model_sha256: str, code: str
         weights, seed = record["model_sha256"], str(record["seed"])
         whole, method = run.replace("/", "-"), run.split("/")[1]
         # a stage of a checkpoint is called by its name alone, train_guide by its recipe
-        named = whole, method, whole.replace("-guide-", "-")
+        named = (whole.replace("-guide-", "-"),) if kind == "train_guide" else (whole, method)
         for fault, now, wanted in (
             (f"is the record of {record['stage']}", kind.split("_")[0], stage),
             (f"is the record of {record['stage']}", cell in ("", *named), True),

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynat.audit.link import Link, absent, broken, good, one_line
-from dynat.config.params import Attack, AutoAttack, Params, load
+from dynat.config.params import Attack, AutoAttack, Params, guide_of, load
 from dynat.errors import UserError
 from dynat.evaluation.verdicts import accuracy, decode
 from dynat.paper.cells import PLOTS, REPORT, TABLES, average, difference
@@ -35,6 +35,13 @@ def kind_and_run(source: Source) -> tuple[str, str]:
     """The stage that measured a source, as attack or autoattack, and its ``setting/method/seed``."""
     _, kind, run = source["file"].removesuffix(".json").split("/", 2)
     return kind, run
+
+
+def guide_run(run: str) -> str | None:
+    """The training of the frozen guide behind ``setting/method/seed``, if there is one."""
+    setting, method, seed = run.split("/")
+    guide = guide_of(method)
+    return guide and f"{setting}/{guide}/{seed}"
 
 
 class Printed:

@@ -24,7 +24,8 @@ CHECKPOINTS = (
 def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks) -> Evaluation:
     """Attack the selected checkpoint with everything in ``spec`` and the last one with PGD.
 
-    On as many training images as test images, the first ones, PGD-20 alone: what they are compared in.
+    On as many training images as test images (all if there are fewer) PGD-20 alone: what they are compared
+    in, and so read off a longer trajectory where that of the test images is.
     """
     images, labels = networks.images[: spec.n], networks.labels[: spec.n]
     evidence, header = {}, dict[str, Any]()
@@ -38,11 +39,14 @@ def evaluate_checkpoints(networks: TrainedNetworks, spec: Attack, chunks: Chunks
         network, epoch = networks.load(name)
         header |= {f"{checkpoint}_epoch": epoch} if epoch is not None and checkpoint != TRAIN else {}
         own = replace(chunks, prefix=f"{checkpoint} ")
-        what = images, labels, spec
         if checkpoint == TRAIN:
-            seen = networks.train_images[: len(images)], networks.train_labels[: len(images)]
-            what = *seen, spec.model_copy(update={"pgd": [20]})
-        evidence[checkpoint] = evaluate(network, *what, attacks, own)
+            x, y = (each[: len(images)].to(images.device) for each in networks.train)
+            steps = [20, 21] if max(spec.pgd) > 20 else [20]
+            few = spec.model_copy(update={"pgd": steps})
+            evidence[checkpoint] = evaluate(network, x, y, few, attacks, own)
+            evidence[checkpoint].pop("pgd21", None)
+        else:
+            evidence[checkpoint] = evaluate(network, images, labels, spec, attacks, own)
         if epoch is None:  # trained elsewhere: there is no other epoch
             break
     if distributed.rank() > 0:

@@ -40,10 +40,9 @@ class TrainedNetworks:
 
     folder: Path
     data: Path  # the file of the images
-    images: Tensor  # uint8 [n,C,H,W], those of the test set; all on the device
+    images: Tensor  # uint8 [n,C,H,W], those of the test set, on the device
     labels: Tensor  # int64 [n]
-    train_images: Tensor  # uint8 [m,C,H,W], as they are, without augmentation
-    train_labels: Tensor  # int64 [m]
+    train: tuple[Tensor, Tensor]  # the first m <= n training images and their labels, on the CPU
     notes: tuple[str, ...] = ()  # what must stand beside every number from them
 
     def load(self, name: str) -> tuple[nn.Module, int | None]:
@@ -83,8 +82,10 @@ def trained_networks(run: Run, kind: str, device: torch.device) -> TrainedNetwor
         run.study.check_test_images(kind, len(splits.test_images))
     except KeyedError as error:
         raise UserError(f"study.{run.setting}.{error}") from None
-    test, train = (splits.test_images, splits.test_labels), (splits.train_images, splits.train_labels)
-    networks = TrainedNetworks(run.path("models"), data, *test, *train, splits.notes)
+    test = splits.test_images, splits.test_labels
+    n = len(splits.test_images)  # clones: a view would keep all training images on the device
+    train = splits.train_images[:n].cpu().clone(), splits.train_labels[:n].cpu().clone()
+    networks = TrainedNetworks(run.path("models"), data, *test, train, splits.notes)
     networks.load("target")  # only to see that it can be
     return networks
 

@@ -65,6 +65,10 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
+    except OSError as error:  # the disk of the repository is full
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror}; make room, then the same command goes on", file=sys.stderr)
+        return 1
 
 
 def _options(arguments: list[str] | None) -> argparse.Namespace:
@@ -136,10 +140,16 @@ def _dry(driver: "Driver") -> int:
     for node in nodes:
         kind = f" {node.kind}" if node.kind else ""
         print(f"node {node.name}: {node.cpus:g} cores, {node.gpus:g} GPUs{kind}")
-    running, short = set[str](), set[str]()
+    running, short, cached = set[str](), set[str](), set[str]()
     for name in driver.pipeline.stages:
         depends = driver.pipeline.upstream[name] & running
+        restored = driver.pipeline.upstream[name] & cached
+        if restored and not depends:
+            cached.add(name)
+            print(f"{name}: known once what it depends on is restored")
+            continue
         state = "to run" if depends else driver.pipeline.state(name)
+        cached |= {name} if state == "cached" else set()
         if state != "to run":
             print(f"{name}: {state}")
             continue

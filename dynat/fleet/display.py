@@ -39,10 +39,13 @@ class Running:
         parts = CHUNK.findall(text)
         return (parts[-1] if parts else ""), max(0.0, self.expected - spent)
 
-    def got_further(self) -> bool:
-        """Whether this attempt finished a part of the work."""
-        text = self._said()
-        return bool(EPOCH.search(text) or CHUNK.search(text))
+    def epoch(self) -> int:
+        """The last epoch that this attempt finished, -1 before one."""
+        return max(map(int, EPOCH.findall(self._said())), default=-1)
+
+    def finished_a_chunk(self) -> bool:
+        """Whether this attempt finished a part of an evaluation, which no other will do again."""
+        return bool(CHUNK.search(self._said()))
 
     def _said(self) -> str:
         """What this attempt has printed so far."""

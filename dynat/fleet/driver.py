@@ -32,6 +32,7 @@ class Tries:
 
     count: int = 0
     fruitless: int = 0  # in a row, without any progress
+    epoch: int = -1  # the last one that any of them finished
     kind: str | None = None  # of the GPU of the first: another one could not go on from its state
 
 
@@ -60,6 +61,8 @@ class Driver:
         self.tries = {name: Tries() for name in stages}
         self.attempts: dict[Ref, Attempt] = {}
         self.stop = folder_of(self.root) / f"stop-{self.cluster.nonce}"
+        self.seen: dict[str, Node] = {}  # every node that there has been
+        self.idle = False
 
     # ------------------------------------------------------------------------------------------ the loop
 
@@ -90,22 +93,24 @@ class Driver:
         nodes = self.cluster.refresh(self.display.line)
         kinds = {node.kind for node in nodes.values() if node.gpus}
         if self.gpu_kind:
-            if not self.slots.nodes and self.gpu_kind not in kinds:
+            if not self.seen and self.gpu_kind not in kinds:
                 raise UserError(
                     f"--gpu-kind {self.gpu_kind}: there are only {', '.join(sorted(kinds)) or 'none'}"
                 )
             kinds = {self.gpu_kind}
-        elif len(kinds) > 1 and not self.mixed and not self.slots.nodes:
+        elif len(kinds) > 1 and not self.mixed and not self.seen:
             raise UserError(
                 f"the nodes have different GPUs ({', '.join(sorted(kinds))}), and a training goes on only on "
                 "its own; choose one with --gpu-kind, or allow all with --mixed"
             )
-        elif self.slots.nodes and not self.mixed:  # a node that joined late
-            kinds = {node.kind for node in self.slots.nodes.values() if node.gpus} or kinds
+        elif self.seen and not self.mixed:  # a node that joined late
+            before = {node.kind for node in self.seen.values() if node.gpus}
+            kinds = before or set(sorted(kinds)[:1])
         self.slots.nodes = {
             node_id: node if node.kind in kinds or not node.gpus else Node(node_id, node.name, node.cpus, 0)
             for node_id, node in nodes.items()
         }
+        self.seen |= self.slots.nodes
         for job, attempt in list(self.attempts.items()):
             if attempt.node.id not in nodes:
                 self.cluster.abandon(job)
@@ -135,17 +140,17 @@ class Driver:
 
     def _submit(self) -> None:
         """Start the stages with the longest way to the end, as long as there is room."""
-        paths = self._paths()
+        paths, nodes = self._paths(), self.slots.nodes.values()
         for name in sorted(self.ready, key=lambda name: -paths[name]):
             tries = self.tries[name]
             try:
-                nodes, wanted = self.slots.nodes.values(), len(self.ready) + len(self.attempts)
-                required = fitting(shared(self.needs(name), nodes, wanted), nodes)
-            except UserError as error:
-                if not self.slots.nodes:
-                    return  # all have gone; others may come
-                self._fail(name, str(error))
-                self.ready.remove(name)
+                required = fitting(shared(self.needs(name), nodes, self._share(name)), nodes)
+            except UserError:
+                try:
+                    fitting(self.needs(name), self.seen.values())  # a node that has gone may come again
+                except UserError as error:
+                    self._fail(name, str(error))
+                    self.ready.remove(name)
                 continue
             node = self.slots.place(name, required, tries.kind)
             if node is None:
@@ -164,7 +169,8 @@ class Driver:
         tries.count += 1
         done = finished(stage, stage.dependencies(), result_of(self.root, name))
         planned = self.pipeline.begin(name, done or tries.count > 1)
-        environment = environment_of_driver() | {"DYNAT_WORKERS": str(required.workers)}
+        environment = environment_of_driver()
+        environment |= {"DYNAT_WORKERS": str(required.workers)} if required.workers else {}
         job = Job(self.root, name, planned, environment, required.gpus, tries.count, self.stop)
         command, size = self.commands[name], job.log.stat().st_size if job.log.exists() else 0
         running = Running(
@@ -181,6 +187,10 @@ class Driver:
 
     def _collect(self) -> None:
         """Deal with what has ended."""
+        idle = bool(self.ready and not self.attempts)
+        if idle and not self.idle:
+            self.display.line(f"{len(self.ready)} stages wait for a node that has room for them")
+        self.idle = idle
         finished_now = []
         for job in self.cluster.wait(self.attempts, POLL_S):
             name, outcome = self._ended(job, self.cluster.outcome(job))
@@ -203,7 +213,9 @@ class Driver:
         self.pipeline.release(name)
         if outcome.ended == "stopped" or self.stop.exists():
             return name, outcome
-        further = attempt.running.got_further()
+        epoch = attempt.running.epoch()
+        further = epoch > tries.epoch or attempt.running.finished_a_chunk()
+        tries.epoch = max(epoch, tries.epoch)
         tries.fruitless = 0 if further else tries.fruitless + 1
         again = (outcome.ended == "interrupted" and tries.fruitless <= self.retries) or (
             outcome.ended == "failed" and further
@@ -233,8 +245,15 @@ class Driver:
 
     def needs(self, name: str) -> Needs:
         """What a stage needs, on the nodes that there are."""
-        gpus_here = any(node.gpus for node in self.slots.nodes.values())
+        gpus_here = any(node.gpus for node in self.seen.values())  # also if they have gone: others may come
         return needs(self.commands[name], self.params, self.pipeline.stages[name].meta, gpus_here)
+
+    def _share(self, name: str) -> float:
+        """The share of all cores that a stage without a GPU should have, by the time that it takes."""
+        others = [*self.ready, *(attempt.job.name for attempt in self.attempts.values())]
+        on_cpu = {name, *(each for each in others if not self.needs(each).gpus)}
+        seconds = {each: self.durations.expected(self.commands[each]) for each in on_cpu}
+        return seconds[name] / sum(seconds.values())
 
     def _epochs(self, command: Command) -> int | None:
         if command.kind != "train" or len(command.arguments) != 3:

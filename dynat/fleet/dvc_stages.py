@@ -10,7 +10,7 @@ import logging
 import sys
 import time
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any, Literal
 
@@ -170,6 +170,10 @@ class Pipeline:
     def release(self, name: str) -> None:
         """Let others use the files again."""
         with lock_repo(self.repo):
+            self._let_go(name)
+
+    def _let_go(self, name: str) -> None:
+        with suppress(AssertionError, KeyError):  # DVC on another machine took our entry for a dead process's
             self._held.pop(name, ExitStack()).close()
 
     def record(self, names: Iterable[str]) -> dict[str, str]:
@@ -181,7 +185,7 @@ class Pipeline:
         with lock_repo(self.repo):
             for name in names:
                 each = self.stages[name]
-                self._held.pop(name, ExitStack()).close()
+                self._let_go(name)
                 try:
                     if each.kept:
                         self.repo.stage_cache.restore(each.stage)
@@ -201,11 +205,10 @@ class Pipeline:
             return
         committed = git(self.root, "show", f"HEAD:./{LOCK}")
         before = loads_yaml(committed.decode()).get("stages", {}) if committed else {}
-        rank = {
-            name: place for place, name in enumerate([*before, *(n for n in self.stages if n not in before)])
-        }
+        new = [name for name in self.stages if name not in before]
         with lock_repo(self.repo), modify_yaml(lock) as data:
             stages = dict(data["stages"])
             data["stages"].clear()
-            for name in sorted(stages, key=lambda name: rank.get(name, len(rank))):
+            others = [name for name in stages if name not in before and name not in new]  # of an earlier run
+            for name in [name for name in [*before, *others, *new] if name in stages]:
                 data["stages"][name] = stages[name]

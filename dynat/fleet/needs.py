@@ -23,7 +23,7 @@ class Needs:
 
     gpus: float
     cpus: float
-    workers: int = 1  # processes that share the work, and the cores; fewer take longer and find the same
+    workers: int = 0  # processes among which the cores are divided, which may be fewer; 0: as it is
 
 
 @dataclass(frozen=True)
@@ -77,17 +77,19 @@ def needs(command: Command, params: Params, meta: Mapping[str, Any], gpus_here: 
     ``meta`` of the stage in dvc.yaml (``gpus``, ``cpus``) says otherwise; ``gpus_here``: whether any node has
     a GPU. A study without a number of threads has a node for itself: infinitely many cores.
     """
-    gpus, cpus, workers = 0.0, 1.0, 1
+    gpus, cpus, workers = 0.0, 1.0, 0
     setting = command.arguments[0] if command.arguments else ""
     if command.kind == "check":  # tells whether what is selected can compute where it is to compute
         gpus = float(any(params.study[each].machine.device == "cuda" for each in params.settings))
     elif command.kind in GUESSED_S and setting in params.study:
         study, launched = params.study[setting], processes(params.launch)
         on_gpu = study.machine.device == "cuda" or (study.machine.device == "auto" and gpus_here)
-        workers = study.autoattack.workers if command.kind == "autoattack" and not on_gpu else 1
+        workers = study.autoattack.workers if command.kind == "autoattack" and not on_gpu else 0
         gpus = float(launched * on_gpu)
-        cpus = launched * workers * float(study.machine.threads or (1 if on_gpu else math.inf))
-    return Needs(float(meta.get("gpus", gpus)), float(meta.get("cpus", cpus)), workers)
+        cpus = launched * max(1, workers) * float(study.machine.threads or (1 if on_gpu else math.inf))
+    return Needs(
+        float(meta.get("gpus", gpus)), float(meta.get("cpus", cpus)), 0 if "cpus" in meta else workers
+    )
 
 
 class Durations:

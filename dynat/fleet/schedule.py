@@ -2,7 +2,7 @@
 
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass, field, replace
-from math import isinf
+from math import ceil, isinf
 
 from dynat.errors import UserError
 from dynat.fleet.needs import Needs
@@ -43,19 +43,20 @@ def fitting(needs: Needs, nodes: Iterable[Node]) -> Needs:
     able = [node for node in nodes if node.gpus >= needs.gpus and node.cpus > 0]
     if not able:
         raise UserError(f"{needs.gpus:g} GPUs are needed at once, and no node has as many")
-    return replace(needs, cpus=min(needs.cpus, max(node.cpus for node in able)))
+    cpus = min(needs.cpus, max(node.cpus for node in able))
+    return replace(needs, cpus=cpus, workers=ceil(needs.workers * cpus / needs.cpus) if needs.workers else 0)
 
 
-def shared(needs: Needs, nodes: Iterable[Node], stages: int) -> Needs:
-    """``needs`` with fewer workers, where so many ``stages`` want the cores.
+def shared(needs: Needs, nodes: Iterable[Node], share: float) -> Needs:
+    """``needs`` with no more workers than fit into a ``share`` in (0,1] of all cores.
 
-    Side by side they are done sooner than one after another: what a stage does before its workers start,
-    and after, occupies one core. A stage that has a node for itself keeps it.
+    Stages side by side are done sooner than one after another: what each does before its workers start, and
+    after, occupies one core. A stage that has a node for itself keeps it.
     """
-    if isinf(needs.cpus):
+    if not needs.workers or isinf(needs.cpus):
         return needs
-    cores, own = sum(node.cpus for node in nodes) / max(1, stages), needs.cpus / needs.workers
-    workers = max(1, min(needs.workers, int(cores // own))) if own else needs.workers
+    own = needs.cpus / needs.workers
+    workers = max(1, min(needs.workers, int(share * sum(node.cpus for node in nodes) / own)))
     return replace(needs, cpus=workers * own, workers=workers)
 
 

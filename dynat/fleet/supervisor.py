@@ -50,8 +50,9 @@ def main(request: dict[str, Any]) -> int:
     if status and statuses.exists():
         written = {int(line) for line in statuses.read_text().split()} - {0}
         status = MISTAKE if MISTAKE in written else INTERRUPTED if written == {INTERRUPTED} else status
-    outputs = {name: sha256(Path(name)) for name in request["outputs"]} if status == 0 else {}
-    write(Path(request["result"]), {"key": request["key"], "status": status, "outputs": outputs})
+    if status == 0:  # alone: an attempt that only found another at work must not hide that one's end
+        outputs = {name: sha256(Path(name)) for name in request["outputs"]}
+        write(Path(request["result"]), {"key": request["key"], "status": status, "outputs": outputs})
     return status
 
 

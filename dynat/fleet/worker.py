@@ -96,6 +96,7 @@ def run_stage(job: Job) -> Outcome:
     try:
         if (now := files.dependencies()) != job.planned:
             return Outcome("mistake", f"changed after the plan was made: {changed(job.planned, now)}", node)
+        files.forget_outputs()  # as the driver did, which restores from the run cache and from no lock
         if files.kept and files.cached():
             return Outcome("done", "in the run cache", node)
         while not finished(files, job.planned, job.result):

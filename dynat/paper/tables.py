@@ -18,7 +18,7 @@ from dynat.paper.statistics import ALPHA, unpaired
 
 COLUMNS = ("clean", "fgsm", "pgd10", "pgd20", "pgd50", "pgd100", "cw", "apgd-ce", "aa", "all")
 DEPARTURES = {  # what the numbers of a column have in common -> the footnote of one that departs from it
-    "n": "on the first n = {n} test images, unlike the rest of the column",
+    "n": "on the first n = {n} images, unlike the rest of the column",
     "epsilon": "ε = {epsilon}, unlike the rest of the column",
     "attack_seed": "attack seed {attack_seed}, unlike the rest of the column",
     "train_code": "other code than for the rest of the column (metrics/code/train.json); run dvc repro",
@@ -33,9 +33,9 @@ LIKE_THE_BEST = (
 NO_GAP = "not significant: 0 is in the unpaired 95 % interval, of the draw of images alone"
 OVERFITTING_IS = (
     " Robust overfitting: PGD-20 of the chosen epoch less that of the last, in points, with the 95 % "
-    "interval of the paired difference. Train less test: PGD-20 of the last epoch on as many training "
-    "images, not augmented, less that on the test images, with the unpaired interval; over seeds mean ± "
-    "standard deviation."
+    "interval of the paired difference. Train less test: PGD-20 of the last epoch's weights, never of their "
+    "average, on as many training images, not augmented, less that on the test images, with the unpaired "
+    "interval; over seeds mean ± standard deviation."
 )
 HERE, PUBLISHED_WEIGHTS = "trained here", "published weights, attacked here"
 NO_OVERFITTING = "not significant at 5 %, uncorrected"
@@ -143,7 +143,7 @@ def _overfitting(found: Judged, setting: str, method: str) -> Item:
 def _train_less_test(found: Judged, setting: str, method: str) -> Item:
     """PGD-20 of the last epoch on training images less that on test images, in points."""
     seen, held = (found.get((setting, method, f"{each}pgd20"), {}) for each in (TRAIN, "last-"))
-    runs = [(seen[run], held[run]) for run in seen]
+    runs = [(seen[run], held[run]) for run in seen if run in held]
     both = [(100 * float(a.mean()), len(a), 100 * float(b.mean()), len(b)) for a, b in runs]
     if not both:
         return Item()

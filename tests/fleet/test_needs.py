@@ -51,17 +51,27 @@ def test_a_study_without_a_number_of_threads_has_a_node_for_itself(params: Param
 
 
 @pytest.mark.parametrize(
-    ("workers", "stages", "expected"), [(4, 1, 4), (4, 2, 4), (4, 3, 2), (4, 20, 1), (1, 20, 1), (16, 1, 8)]
+    ("workers", "share", "expected"),
+    [(4, 1.0, 4), (4, 0.5, 4), (4, 0.4, 3), (4, 0.05, 1), (1, 0.05, 1), (16, 1.0, 8)],
 )
-def test_where_stages_wait_each_has_fewer_workers_and_no_core_is_idle(
-    workers: int, stages: int, expected: int
+def test_where_stages_wait_each_has_the_workers_that_fit_into_its_share_of_the_cores(
+    workers: int, share: float, expected: int
 ) -> None:
     nodes = [Node("1", "a", 4, 0), Node("2", "b", 4, 0)]
-    assert shared(Needs(0, workers, workers), nodes, stages) == Needs(0, expected, expected)
-    assert (
-        shared(Needs(0, 2 * workers, workers), nodes * 2, stages).workers == expected
-    )  # of two threads each
-    assert shared(Needs(0, math.inf, workers), nodes, stages) == Needs(0, math.inf, workers)
+    assert shared(Needs(0, workers, workers), nodes, share) == Needs(0, expected, expected)
+    assert shared(Needs(0, 2 * workers, workers), nodes * 2, share).workers == expected  # two threads each
+    for own in (Needs(0, math.inf, workers), Needs(0, 4, 0)):  # has a node for itself; says what it needs
+        assert shared(own, nodes, share) == own
+
+
+def test_on_a_smaller_node_a_stage_has_fewer_workers(params: Params) -> None:
+    nodes = [Node("1", "a", 4, 0), Node("2", "b", 4, 0)]
+    assert fitting(Needs(0, 8, 8), nodes) == Needs(0, 4, 4)
+    assert fitting(Needs(0, 16, 8), nodes) == Needs(0, 4, 2)
+    command = Command.parse("python -m stages.autoattack digits dynat 0")
+    own = edited(params, "autoattack", workers=3)
+    assert needs(command, own, {}, False) == Needs(0, 3, 3)
+    assert needs(command, own, {"cpus": 2}, False) == Needs(0, 2)
 
 
 @pytest.mark.parametrize(
