@@ -33,6 +33,7 @@ def stop(*_):
 signal.signal(signal.SIGTERM, stop)
 note("start")
 if name == "faulty":
+    print("epoch 0", flush=True)
     sys.exit("this stage always fails")
 slept = float(state.read_text()) if state.exists() else 0.0
 while slept < float(seconds):

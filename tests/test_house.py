@@ -63,7 +63,7 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12585
+    assert sum(sizes.values()) <= 12590
     assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4875
 
 

@@ -23,8 +23,6 @@ from dynat.runtime.stage import INTERRUPTED, begin
 if TYPE_CHECKING:
     from dynat.fleet.driver import Driver
 
-SERVERS = ("http://", "https://", "databricks")
-
 
 def main(arguments: list[str] | None = None) -> int:
     """Run the fleet; returns the exit status."""
@@ -106,18 +104,10 @@ def _alone(root: Path) -> Iterator[None]:
         raise UserError(f"another fleet works in this repository ({other}); wait for it or stop it") from None
 
 
-def _refuse_hosts_without_server(driver: "Driver") -> None:
-    uri = os.environ.get("MLFLOW_TRACKING_URI", "")
-    if len(driver.cluster.hosts) > 1 and not uri.startswith(SERVERS):
-        raise UserError(
-            f"MLFLOW_TRACKING_URI: {len(driver.cluster.hosts)} machines cannot share an SQLite file; start "
-            "mlflow server on one of them and set it to http://HOST:5000"
-        )
-
-
 def _run(driver: "Driver") -> int:
     driver.find_nodes()
-    _refuse_hosts_without_server(driver)
+    if fault := driver.cluster.without_server(driver.cluster.hosts):
+        raise UserError(fault)
     going = driver.run()
     counts = driver.counts()
     print(f"{counts.done} of {counts.total} stages are done and recorded in dvc.lock")

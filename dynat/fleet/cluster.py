@@ -29,6 +29,7 @@ from dynat.fleet.schedule import Node  # noqa: E402
 PREFLIGHT_S = 120.0
 Ref = ray.ObjectRef[Any]
 KIND = "accelerator_type:"
+SERVERS = ("http://", "https://", "databricks")
 
 
 class Cluster:
@@ -66,7 +67,8 @@ class Cluster:
         new = alive.keys() - self._facts.keys() - self._refused
         own = worker.facts(self.root, self.nonce) if new else {}
         for node_id, found in self._preflight(sorted(new)).items():
-            fault = found["fault"] or worker.different(own, found)
+            late = "" if first else self.without_server(self.hosts | {found["host"]})
+            fault = found["fault"] or worker.different(own, found) or late
             if fault:
                 message = (
                     f"node {found['host']} {fault}" if found["fault"] else f"node {found['host']}: {fault}"
@@ -86,6 +88,17 @@ class Cluster:
     def hosts(self) -> set[str]:
         """The names of the machines, on which there may be several nodes."""
         return {found["host"] for found in self._facts.values()}
+
+    @staticmethod
+    def without_server(hosts: set[str]) -> str:
+        """What is wrong with so many machines and this store of MLflow; "" if nothing."""
+        uri = os.environ.get("MLFLOW_TRACKING_URI", "")
+        if len(hosts) < 2 or uri.startswith(SERVERS):
+            return ""
+        return (
+            f"MLFLOW_TRACKING_URI: {len(hosts)} machines cannot share an SQLite file; start mlflow server on "
+            "one of them and set it to http://HOST:5000"
+        )
 
     def submit(self, job: worker.Job, node: Node, needs: Needs) -> Ref:
         """Start a stage on ``node``; the reference is ready when it has ended, or its node has died."""

@@ -2,11 +2,15 @@
 
 import inspect
 import os
+import shutil
 import subprocess
 import sys
 from pathlib import Path
 
+import dvc.dvcfile
+import dvc.output
 import dvc.repo.reproduce
+import dvc.repo.stage
 import dvc.rwlock
 import dvc.stage
 import dvc.stage.cache
@@ -18,7 +22,7 @@ from pipelines import dvc as run_dvc
 from dynat.errors import UserError
 from dynat.fleet import supervisor
 from dynat.fleet.dvc_stages import Pipeline, StageFiles, key_of
-from dynat.fleet.worker import finished
+from dynat.fleet.worker import Job, environment_of_driver, finished, run_stage
 
 USED = {  # what dvc_stages.py calls, with the parameters that it gives
     dvc.repo.reproduce.plan_repro: ["graph", "stages"],
@@ -27,7 +31,12 @@ USED = {  # what dvc_stages.py calls, with the parameters that it gives
     dvc.rwlock.rwlock: ["tmp_dir", "fs", "cmd", "read", "write", "hardlink"],
     dvc.stage.cache.StageCache.restore: ["self", "stage", "dry"],
     dvc.stage.cache.StageCache.save: ["self", "stage"],
+    dvc.dvcfile.ProjectFile.dump_stages: ["stages", "update_pipeline"],
+    dvc.output.Output.commit: ["relink"],
+    dvc.repo.lock_repo: ["repo"],
+    dvc.repo.stage.StageLoad.collect: ["target"],
     dvc.stage.PipelineStage.changed: ["upstream"],
+    dvc.stage.PipelineStage.changed_stage: ["self"],
     dvc.stage.PipelineStage.deps_cached: ["self"],
     dvc.stage.PipelineStage.save_deps: ["self"],
     dvc.stage.PipelineStage.save_outs: ["self"],
@@ -91,6 +100,25 @@ def test_an_edit_is_not_answered_with_the_outputs_in_the_lock_file(folder: Path)
     assert do(Pipeline(folder, ["first"]), "first") == "cached"
     assert (folder / "out/first").read_text() == before
     assert begun(folder, "first") == 2
+
+
+def test_what_the_lock_file_names_is_no_run_at_hand(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert run_dvc(folder, "repro", "first").returncode == 0
+    pipeline = Pipeline(folder, ["first"])
+    shutil.rmtree(folder / ".dvc/cache/runs")  # the output is in the cache, as one of another stage may be
+    planned = pipeline.begin("first", done=False)
+    monkeypatch.chdir(folder)
+    job = Job(folder, "first", planned, environment_of_driver(), 0, 1, folder / ".dvc/tmp/stop")
+    assert run_stage(job).ended == "done"
+    assert pipeline.record(["first"]) == {}
+    assert begun(folder, "first") == 2
+
+
+def test_locks_that_dvc_on_another_machine_removed_cost_nothing(folder: Path) -> None:
+    pipeline = Pipeline(folder, ["first"])
+    pipeline.begin("first", done=False)
+    (folder / ".dvc/tmp/rwlock").write_text("{}")
+    pipeline.release("first")
 
 
 def test_dvc_repro_restores_everything_from_the_run_cache(folder: Path) -> None:

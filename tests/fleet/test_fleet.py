@@ -80,6 +80,12 @@ def test_a_dry_run_tells_what_is_to_do_and_what_is_missing_and_does_nothing(fold
         assert dvc(folder, "repro", "first").returncode == 0
         _, output = run(folder, "--dry", "--address", nodes.address, "first")
         assert "first: unchanged" in output
+        assert dvc(folder, "repro", "a2").returncode == 0
+        shutil.rmtree(folder / "out")
+        status, output = run(folder, "--dry", "--address", nodes.address, "a2")
+        assert (status, "first: cached" in output) == (0, True), output
+        assert "a2: known once what it depends on is restored" in output
+        assert dvc(folder, "repro", "a2").returncode == 0
         assert run(folder, "--address", nodes.address)[0] == 1  # the others cannot be placed
 
 
@@ -93,7 +99,7 @@ def test_a_failing_stage_stops_only_what_depends_on_it(tmp_path: Path) -> None:
         in output
     )
     assert "not run, since they depend on these: after" in output
-    assert begun(folder, "faulty") == 1
+    assert begun(folder, "faulty") == 2, "it got further once, and then no more"
     assert begun(folder, "last", "end") == 1
 
 
@@ -168,6 +174,20 @@ def test_the_stages_of_a_lost_node_go_on_elsewhere(how: signal.Signals, tmp_path
     assert "tried again" in output
     assert "aylet" not in output, "Ray's own lines are for its log"
     assert all(begun(folder, name, "end") == 1 for name in ("first", "a", "b", "c", "d", "last"))
+
+
+def test_when_the_last_node_has_gone_the_stages_wait_for_another(tmp_path: Path, serial: Path) -> None:
+    folder = repository(tmp_path / "r", seconds=10)
+    with cluster(one=GPU) as nodes:
+        process = start(folder, "--address", nodes.address)
+        until(lambda: begun(folder, "a"))
+        os.kill(nodes.named["one"].all_processes["raylet"][0].process.pid, signal.SIGKILL)
+        time.sleep(8)
+        nodes.add_node(**GPU)
+        status, output = finish(process)
+    assert status == 0, output
+    assert same_outputs(folder, serial)
+    assert "stages wait for a node that has room for them" in output
 
 
 def test_a_driver_that_is_killed_loses_nothing(folder: Path, serial: Path) -> None:
