@@ -190,6 +190,8 @@ class Driver:
         idle = bool(self.ready and not self.attempts)
         if idle and not self.idle:
             self.display.line(f"{len(self.ready)} stages wait for a node that has room for them")
+        if idle:
+            time.sleep(POLL_S)
         self.idle = idle
         finished_now = []
         for job in self.cluster.wait(self.attempts, POLL_S):
