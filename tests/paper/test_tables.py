@@ -95,7 +95,7 @@ def test_an_average_is_marked_for_a_part_unlike_its_column(tmp_path: Path) -> No
         write(tmp_path, method, COUNTS, aa={80: 50})
     write(tmp_path, "mart", COUNTS, aa={40: 27}, autoattack={"epsilon": 0.031})
     text = files(params(["mart", "pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
-    for note in ("AA: on the first n = 40 test images, unlike", "AA: ε = 0.031, unlike"):
+    for note in ("AA: on the first n = 40 images, unlike", "AA: ε = 0.031, unlike"):
         assert raised(text, note) in rows(text)["mart"]["All"]
     assert rows(text)["trades"]["All"].replace(".", "").isdigit()
 
@@ -118,7 +118,7 @@ def test_a_training_in_bf16_is_marked(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("odd", "note"),
     [
-        ({"n": 50}, "n = 50 test images, unlike the rest"),
+        ({"n": 50}, "n = 50 images, unlike the rest"),
         ({"attack": {"epsilon": 0.031}}, "ε = 0.031, unlike the rest"),
         ({"attack": {"attack_seed": 7}}, "attack seed 7, unlike the rest"),
     ],
