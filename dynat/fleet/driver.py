@@ -140,11 +140,13 @@ class Driver:
 
     def _submit(self) -> None:
         """Start the stages with the longest way to the end, as long as there is room."""
-        paths, nodes = self._paths(), self.slots.nodes.values()
+        paths, nodes, seconds = self._paths(), self.slots.nodes.values(), self._seconds_on_cpu()
+        total = sum(seconds.values())
         for name in sorted(self.ready, key=lambda name: -paths[name]):
             tries = self.tries[name]
             try:
-                required = fitting(shared(self.needs(name), nodes, self._share(name)), nodes)
+                share = seconds[name] / total if name in seconds else 1.0
+                required = fitting(shared(self.needs(name), nodes, share), nodes)
             except UserError:
                 try:
                     fitting(self.needs(name), self.seen.values())  # a node that has gone may come again
@@ -250,12 +252,11 @@ class Driver:
         gpus_here = any(node.gpus for node in self.seen.values())  # also if they have gone: others may come
         return needs(self.commands[name], self.params, self.pipeline.stages[name].meta, gpus_here)
 
-    def _share(self, name: str) -> float:
-        """The share of all cores that a stage without a GPU should have, by the time that it takes."""
-        others = [*self.ready, *(attempt.job.name for attempt in self.attempts.values())]
-        on_cpu = {name, *(each for each in others if not self.needs(each).gpus)}
-        seconds = {each: self.durations.expected(self.commands[each]) for each in on_cpu}
-        return seconds[name] / sum(seconds.values())
+    def _seconds_on_cpu(self) -> dict[str, float]:
+        """What each stage without a GPU that is ready or under way is expected to take."""
+        names = [*self.ready, *(attempt.job.name for attempt in self.attempts.values())]
+        on_cpu = [name for name in names if not self.needs(name).gpus]
+        return {name: self.durations.expected(self.commands[name]) for name in on_cpu}
 
     def _epochs(self, command: Command) -> int | None:
         if command.kind != "train" or len(command.arguments) != 3:
