@@ -63,9 +63,12 @@ def main(arguments: list[str] | None = None) -> int:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
-    except OSError as error:  # the disk of the repository is full
+    except OSError as error:  # such as a full disk
         where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror}; make room, then the same command goes on", file=sys.stderr)
+        print(
+            f"error: {where}{error.strerror or error}; mend that, then the same command goes on",
+            file=sys.stderr,
+        )
         return 1
 
 

@@ -4,9 +4,8 @@ import itertools
 import json
 import math
 import random
-from math import hypot
+import statistics
 from pathlib import Path
-from statistics import stdev
 from typing import Any
 
 import pytest
@@ -144,8 +143,8 @@ def test_train_less_test_is_of_the_last_epoch_with_the_unpaired_interval(tmp_pat
     test = sum(flags(tmp_path, "dynat", 0, "pgd20", "last"))
     ends = {name: wilson(count, 100) for name, count in (("train", 95), ("test", test))}
     gap = 0.95 - test / 100
-    low = gap - hypot(0.95 - ends["train"][0], ends["test"][1] - test / 100)
-    high = gap + hypot(ends["train"][1] - 0.95, test / 100 - ends["test"][0])
+    low = gap - math.hypot(0.95 - ends["train"][0], ends["test"][1] - test / 100)
+    high = gap + math.hypot(ends["train"][1] - 0.95, test / 100 - ends["test"][0])
     row = rows(found["metrics/tables/toy.md"], 1)["dynat"]
     assert row["Train less test"] == f"{100 * gap:+.2f} [{100 * low:.1f}, {100 * high:.1f}]"
     assert row["PGD-20, last, training images"].startswith("95.00 [")
@@ -160,7 +159,7 @@ def test_train_less_test_over_seeds_has_their_deviation_and_no_pair_is_judged_on
     found = files(params(["pgd_at"], ["dynat"], (0, 1)), tmp_path)
     test = COUNTS["pgd20"]
     gap = rows(found["metrics/tables/toy.md"], 1)["dynat"]["Train less test"]
-    assert gap == f"{85 - test:+.2f} ± {stdev((80, 90)):.2f}"
+    assert gap == f"{85 - test:+.2f} ± {statistics.stdev((80, 90)):.2f}"
     assert not any("train" in row["column"] for row in records(found["metrics/tables/pairs.csv"]))
 
 
