@@ -73,8 +73,18 @@ def margin(z: Tensor, labels: Tensor) -> Tensor:
 NONE = torch.zeros((), dtype=torch.float64)
 
 
-def dynat(inner: str, alpha: float = 1.0, beta: float = 0.0, awp: bool = False, guide: int = 1) -> Step:
-    """dynat.py and AWP_dynat.py; ``guide`` counts the guide's forwards outside the inner loop."""
+def dynat(
+    inner: str,
+    alpha: float = 1.0,
+    beta: float = 0.0,
+    awp: bool = False,
+    guide: int = 1,
+    smoothing: float = 0.0,
+) -> Step:
+    """dynat.py and AWP_dynat.py; ``guide`` counts the guide's forwards outside the inner loop.
+
+    Not theirs is ``smoothing``: of the target's label, towards the mean over all classes.
+    """
 
     def step(run: Published, batch: Batch) -> tuple[Tensor, Tensor]:
         t, g, x, y = run.t, run.g.train(), batch.images, batch.truth
@@ -93,7 +103,8 @@ def dynat(inner: str, alpha: float = 1.0, beta: float = 0.0, awp: bool = False, 
         z_adv, z = t(x_adv), t(x)
         for _ in range(guide):
             z_g = g(x)
-        of_target = alpha * ce(z_adv, z_g.argmax(1)).mean() + beta * kl(z, z_adv).mean()
+        each = (1 - smoothing) * ce(z_adv, z_g.argmax(1)) - smoothing * z_adv.log_softmax(1).mean(1)
+        of_target = alpha * each.mean() + beta * kl(z, z_adv).mean()
         of_guide = ce(z_g, y).mean()
         run.update(of_target + of_guide)
         add_to_weights(t, v, -1)

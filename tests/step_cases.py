@@ -116,6 +116,11 @@ CASES: dict[str, tuple[Recipe, Step, dict[int, float]]] = {
     "mail_trades": (shipped("mail_trades"), mail("kl", 76), {75: 0.001, 76: 0.001}),
     "sat": (shipped("sat"), sat, {10: 0.1, 40: 0.1}),
     "mail_mse": (shipped("mail_mse"), dynat_mail(False, mse=True), {75: 0.001, 76: 0.001}),
+    "dynat_modern": (  # the last step of the epochs 49 and 99
+        shipped("dynat_modern"),
+        dynat("kl", smoothing=0.1),
+        {49: 0.05, 99: 0.0},
+    ),
     "dynat_at_mail": (shipped("dynat_at_mail"), dynat_mail(False), {75: 0.001, 76: 0.001}),
     "dynat_mail_inner": (shipped("dynat_mail_inner"), dynat_mail(True), {75: 0.001, 76: 0.001}),
     "dynat_gairat": (

@@ -51,11 +51,12 @@ def training(name: str, seed: int = 0, **changes: Any) -> Training:
 def short(recipe: Recipe) -> Recipe:
     """The recipe on three epochs and two attack steps."""
     values = recipe.model_dump()
-    values["schedule"].update(epochs=3, drops={2: 0.1})
+    values["schedule"].update(epochs=3, drops={2: 0.1} if recipe.schedule.shape == "steps" else {})
     values["inner"]["steps"] = min(2, values["inner"]["steps"])
     values["weights"]["begin"] = min(1, values["weights"]["begin"])
-    if values["awp"]:
-        values["awp"]["begin"] = 1
+    for section in (values["awp"], values["ema"]):
+        if section:
+            section["begin"] = 1
     if values["inner"]["stop"]:
         values["inner"]["stop"].update(budget={0: 0, 1: 1}, ramp_until=2)
     return Recipe(**values)
