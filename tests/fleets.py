@@ -39,7 +39,9 @@ slept = float(state.read_text()) if state.exists() else 0.0
 while slept < float(seconds):
     time.sleep(0.1)
     slept += 0.1
-    state.write_text(str(slept))
+    half = state.with_suffix(".half")  # a power cut while it writes leaves the state before
+    half.write_text(str(slept))
+    half.replace(state)
     if round(10 * slept) % 5 == 0:
         print("epoch", round(2 * slept), flush=True)
 state.unlink(missing_ok=True)

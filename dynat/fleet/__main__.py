@@ -65,10 +65,7 @@ def main(arguments: list[str] | None = None) -> int:
         return 2
     except OSError as error:  # such as a full disk
         where = f"{error.filename}: " if error.filename else ""
-        print(
-            f"error: {where}{error.strerror or error}; mend that, then the same command goes on",
-            file=sys.stderr,
-        )
+        print(f"error: {where}{error.strerror or error}; mend it and run this again", file=sys.stderr)
         return 1
 
 
