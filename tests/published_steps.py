@@ -70,6 +70,11 @@ def margin(z: Tensor, labels: Tensor) -> Tensor:
     )
 
 
+def smoothed(z: Tensor, labels: Tensor, amount: float) -> Tensor:
+    """Cross entropy to labels that give ``amount`` to all classes alike."""
+    return (1 - amount) * ce(z, labels) - amount * z.log_softmax(1).mean(1)
+
+
 NONE = torch.zeros((), dtype=torch.float64)
 
 
@@ -83,7 +88,7 @@ def dynat(
 ) -> Step:
     """dynat.py and AWP_dynat.py; ``guide`` counts the guide's forwards outside the inner loop.
 
-    Not theirs is ``smoothing``: of the target's label, towards the mean over all classes.
+    Not theirs is ``smoothing``, of the target's label.
     """
 
     def step(run: Published, batch: Batch) -> tuple[Tensor, Tensor]:
@@ -103,8 +108,7 @@ def dynat(
         z_adv, z = t(x_adv), t(x)
         for _ in range(guide):
             z_g = g(x)
-        each = (1 - smoothing) * ce(z_adv, z_g.argmax(1)) - smoothing * z_adv.log_softmax(1).mean(1)
-        of_target = alpha * each.mean() + beta * kl(z, z_adv).mean()
+        of_target = alpha * smoothed(z_adv, z_g.argmax(1), smoothing).mean() + beta * kl(z, z_adv).mean()
         of_guide = ce(z_g, y).mean()
         run.update(of_target + of_guide)
         add_to_weights(t, v, -1)
@@ -360,7 +364,7 @@ def dynat_gairat(dynamic: bool) -> Step:
         if run.epoch >= 70:
             weights = (1 + torch.tanh(-1 + 5 * (1 - 2 * kappa / 10))) / 2
             weights = weights / weights.mean()
-        each = 0.8 * ce(z_adv, z_g.argmax(1)) - 0.2 * z_adv.log_softmax(1).mean(1)
+        each = smoothed(z_adv, z_g.argmax(1), 0.2)
         of_target, of_guide = (weights * each).mean(), ce(z_g, y).mean()
         run.update(of_target + of_guide)
         return of_target, of_guide
