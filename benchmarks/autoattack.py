@@ -22,7 +22,8 @@ from pathlib import Path
 from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any
 
-from dynat.config.params import AutoAttack, Machine, Study, load
+from dynat.config.attack import AutoAttack
+from dynat.config.params import Machine, Study, load
 from dynat.runtime import machine as environment
 from dynat.runtime.record import circumstances
 

@@ -13,7 +13,8 @@ import yaml
 from pyautoattack import AutoAttack as Package
 from torch import Tensor, nn
 
-from dynat.config.params import Attack, AutoAttack, Machine, parse
+from dynat.config.attack import Attack, AutoAttack
+from dynat.config.params import Machine, parse
 from dynat.config.recipe import Precision, Recipe
 from dynat.evaluation import autoattack, whitebox
 from dynat.methods.batches import Batch

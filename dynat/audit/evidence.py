@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from dynat.audit.link import Link, absent, broken, good
 from dynat.audit.printed import Printed, Source, epsilon_of, kind_and_run
-from dynat.config.params import Attack
+from dynat.config.attack import Attack
 from dynat.data.splits import load, to_unit
 from dynat.errors import UserError
 from dynat.evaluation import whitebox

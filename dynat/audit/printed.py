@@ -7,7 +7,8 @@ from pathlib import Path
 from typing import Any
 
 from dynat.audit.link import Link, absent, broken, good, one_line
-from dynat.config.params import Attack, AutoAttack, Params, guide_of, load
+from dynat.config.attack import Attack, AutoAttack
+from dynat.config.params import Params, guide_of, load
 from dynat.errors import UserError
 from dynat.evaluation.verdicts import accuracy, decode
 from dynat.paper.cells import PLOTS, REPORT, TABLES, average, difference

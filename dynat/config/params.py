@@ -11,19 +11,18 @@ from typing import Annotated, Literal, NamedTuple
 from pydantic import Field, ValidationError, model_validator
 
 from dynat.config import yaml_files
+from dynat.config.attack import Attack, AutoAttack
 from dynat.config.fields import (
     Count,
     Index,
     KeyedError,
     NonNegative,
-    Radius,
     Section,
     check_known,
     describe,
-    radius,
 )
 from dynat.config.network import Checkpoint, Hash, Network, Urls
-from dynat.config.recipe import Precision, Recipe
+from dynat.config.recipe import Recipe
 from dynat.config.train import Train, rescale
 from dynat.errors import UserError
 
@@ -65,63 +64,6 @@ class Extent(NamedTuple):
     shape: tuple[int, int, int]  # of an image: channels, height, width
     train: int  # images to train on
     test: int  # images
-
-
-class Attack(Section):
-    """The attacks of an evaluation (docs/methods.md 3.4)."""
-
-    epsilon: Radius
-    step: Radius
-    pgd: Annotated[list[Count], Field(min_length=1)]  # PGD-k for each k
-    cw_steps: Count = 20
-    apgd_steps: Count = 100
-    n: Count | None = None  # first n test images; null: all
-    batch: Count = 200
-    seed: Index = 0
-    # of crafting, every success verified in fp32; auto: tf32 on CUDA, else fp32
-    precision: Literal["auto", "fp32", "tf32", "bf16"] = "auto"
-
-
-class AutoAttackRun(Section):
-    """A radius, and the first k test images for each k in n."""
-
-    epsilon: Radius
-    n: Annotated[list[Count], Field(min_length=1)]
-
-
-class AutoAttack(Section):
-    """AutoAttack standard; accuracies are reported on the first k test images for each k in n."""
-
-    epsilon: Radius
-    n: Annotated[list[Count], Field(min_length=1)]
-    runs: list[AutoAttackRun] = []  # more of them, each a column of its own
-    batch: Count = 200  # also the size of a resumable chunk
-    seed: Index = 0
-    workers: Annotated[Count, Field(le=256)] = 1  # processes on a CPU; no verdict depends on it
-    # of APGD's first try, every success verified in fp32 and who survives it attacked again in fp32
-    precision: Precision = "fp32"
-
-    @model_validator(mode="after")
-    def _radii_look_different(self) -> "AutoAttack":
-        printed = {radius(self.epsilon): self.epsilon}
-        for run in self.runs:
-            if (before := printed.setdefault(radius(run.epsilon), run.epsilon)) != run.epsilon:
-                text = f"{before!r} and {run.epsilon!r} are both printed as {radius(before)}"
-                raise KeyedError("runs", f"{text}; leave one out")
-        return self
-
-    @property
-    def by_radius(self) -> dict[str, AutoAttackRun]:
-        """All runs, the sizes of equal radii together, by what follows a name in the metrics.
-
-        That is nothing for the first radius, " at 8-255" for another one.
-        """
-        found = {"": AutoAttackRun(epsilon=self.epsilon, n=list(dict.fromkeys(self.n)))}
-        for run in self.runs:
-            key = "" if run.epsilon == self.epsilon else f" at {radius(run.epsilon).replace('/', '-')}"
-            before = found[key].n if key in found else []
-            found[key] = AutoAttackRun(epsilon=run.epsilon, n=list(dict.fromkeys([*before, *run.n])))
-        return found
 
 
 class Machine(Section):

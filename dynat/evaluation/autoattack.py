@@ -20,7 +20,7 @@ import torch
 from pyautoattack import AutoAttack as Package
 from torch import Tensor, nn
 
-from dynat.config.params import AutoAttack
+from dynat.config.attack import AutoAttack
 from dynat.data.splits import to_unit
 from dynat.evaluation.chunks import Chunk, Chunks, StoppedError
 from dynat.evaluation.evaluate import Evaluation, TrainedNetworks

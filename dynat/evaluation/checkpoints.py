@@ -3,7 +3,7 @@
 from dataclasses import replace
 from typing import Any
 
-from dynat.config.params import Attack
+from dynat.config.attack import Attack
 from dynat.evaluation.chunks import Chunk, Chunks
 from dynat.evaluation.evaluate import Evaluation, TrainedNetworks
 from dynat.evaluation.sanity import SAMPLES, check

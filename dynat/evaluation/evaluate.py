@@ -13,8 +13,8 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
+from dynat.config.attack import Attack, AutoAttack
 from dynat.config.fields import KeyedError
-from dynat.config.params import Attack, AutoAttack
 from dynat.data.splits import load
 from dynat.errors import UserError
 from dynat.evaluation.chunks import Chunks, StoppedError

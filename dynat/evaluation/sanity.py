@@ -14,7 +14,7 @@ import torch
 from pyautoattack.square import SquareAttack
 from torch import Tensor, nn
 
-from dynat.config.params import Attack
+from dynat.config.attack import Attack
 from dynat.data.splits import to_unit
 from dynat.evaluation.evidence import Evidence, predict
 from dynat.evaluation.square import Square

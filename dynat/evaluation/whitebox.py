@@ -17,7 +17,7 @@ import torch
 from pyautoattack.autopgd_base import APGDAttack
 from torch import Tensor, nn
 
-from dynat.config.params import Attack
+from dynat.config.attack import Attack
 from dynat.data.splits import to_unit
 from dynat.evaluation.chunks import Chunk, Chunks
 from dynat.evaluation.evidence import Evidence, clean, join, predict

@@ -10,7 +10,7 @@ import torch
 from pyautoattack import AutoAttack as Package
 from torch import Tensor, nn
 
-from dynat.config.params import AutoAttack, AutoAttackRun
+from dynat.config.attack import AutoAttack, AutoAttackRun
 from dynat.config.params import load as load_params
 from dynat.data.sources import prepare
 from dynat.data.splits import load

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from dynat.config.params import Attack, AutoAttack, load
+from dynat.config.attack import Attack, AutoAttack
+from dynat.config.params import load
 from dynat.data.sources import prepare
 from dynat.errors import UserError
 from dynat.evaluation.chunks import Chunks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from dynat.config.params import Attack
+from dynat.config.attack import Attack
 from dynat.evaluation import sanity
 from dynat.evaluation.evidence import Evidence
 from dynat.evaluation.sanity import check

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from dynat.config.params import Attack
+from dynat.config.attack import Attack
 from dynat.evaluation import whitebox
 from dynat.evaluation.evidence import Evidence
 from dynat.evaluation.whitebox import ATTACKS, evaluate, pgd, sample_noise

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from dynat.config.params import Attack
+from dynat.config.attack import Attack
 from dynat.config.recipe import Stop
 from dynat.evaluation.whitebox import pgd
 from dynat.methods import attacks

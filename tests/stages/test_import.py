@@ -13,7 +13,8 @@ from pipelines import choose, commit, dvc, stages_run
 from safetensors.torch import load_file
 
 from dynat.audit.__main__ import main as audit
-from dynat.config.params import Attack, load
+from dynat.config.attack import Attack
+from dynat.config.params import load
 from dynat.data.download import verify_weights
 from dynat.data.sources import prepare
 from dynat.data.splits import load as load_images
