@@ -16,7 +16,7 @@ from dynat.runtime.files import sha256
 from dynat.runtime.progress import watched
 from dynat.runtime.record import RunRecord
 from dynat.runtime.signals import graceful_stop
-from dynat.runtime.stage import INTERRUPTED, Run, main, run_of_arguments
+from dynat.runtime.stage import INTERRUPTED, Run, main, memory_for, run_of_arguments
 from dynat.runtime.tracking import Tracker
 
 if TYPE_CHECKING:
@@ -35,8 +35,10 @@ def stage() -> int:
     from dynat.runtime import distributed
     from dynat.runtime.resume import ResumeStore
 
-    training, metadata, key = set_up(run)
-    with ResumeStore(key) as store:
+    batch = f"study.{run.setting}.train.batch"
+    with memory_for(batch):
+        training, metadata, key = set_up(run)
+    with memory_for(batch), ResumeStore(key) as store:
         if state := store.load("state"):
             training.restore(state)
         if distributed.rank() == 0:

@@ -20,9 +20,9 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "dynat/paper": 1750,
     "dynat/evaluation": 1035,
     "dynat/methods": 1445,
-    "dynat/networks": 785,
+    "dynat/networks": 790,
     "dynat/data": 660,
-    "dynat/runtime": 1390,
+    "dynat/runtime": 1415,
     "dynat/config": 990,
     "dynat/cost.py": 195,
     "dynat/errors.py": 10,
@@ -63,8 +63,8 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12640
-    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4875
+    assert sum(sizes.values()) <= 12665
+    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4905
 
 
 def test_no_module_is_longer_than_330_lines_and_no_function_than_50() -> None:

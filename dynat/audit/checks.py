@@ -8,7 +8,7 @@ from dynat.audit.circumstances import circumstances
 from dynat.audit.history import commits
 from dynat.audit.lineage import CODE, Lineage
 from dynat.audit.link import Audited, Link, absent, broken, good, one_line, some
-from dynat.audit.printed import Printed, Source, guide_run, kind_and_run
+from dynat.audit.printed import Printed, Source, kind_and_run
 from dynat.audit.selection import stages_behind
 from dynat.data.download import verify, verify_weights
 from dynat.errors import UserError
@@ -70,11 +70,11 @@ def _runs(printed: Printed, lineage: Lineage, source: Source) -> Iterator[tuple[
         model = str((read_json(printed.root, source["file"]) or {}).get("model_sha256", ""))
     except UserError:
         model = ""
-    made = "import" if run.split("/")[1] in printed.params.checkpoint else "train"
+    *guides, (made, _) = printed.behind(run)
     behind = [(made, run, model, f"models/{run}"), (kind, run, model, source["file"])]
-    if guide := guide_run(run):
+    for stage, guide in guides:
         file = printed.root / f"models/{guide}/target.safetensors"
-        behind.insert(0, ("train", guide, sha256(file) if file.is_file() else "", f"models/{guide}"))
+        behind.insert(0, (stage, guide, sha256(file) if file.is_file() else "", f"models/{guide}"))
     for stage, of, weights, output in behind:
         entry = lineage.lock.get(lineage.producers.get(output, ""), {})
         yield stage, of, weights, locked(entry, "deps").get(f"{CODE}{stage}.json", "")

@@ -7,7 +7,7 @@ from pathlib import Path
 from typing import Any
 
 from dynat.audit.link import Audited, sound
-from dynat.audit.printed import guide_run, kind_and_run
+from dynat.audit.printed import Printed, kind_and_run
 from dynat.config import yaml_files
 from dynat.errors import UserError
 from dynat.runtime.files import sha256
@@ -100,11 +100,8 @@ def _files(root: Path, cells: dict[str, dict[str, Any]]) -> tuple[list[str], lis
     sources = [source for cell in cells.values() for source in cell["sources"]]
     results = [name for source in sources for name in (source["file"], source["verdicts"])]
     tables = [name for cell in cells.values() for name in cell["tables"]]
-    runs = [
-        (stage, of)
-        for kind, run in map(kind_and_run, sources)
-        for stage, of in (("train", guide_run(run)), ("train", run), ("import", run), (kind, run))
-    ]
-    records = dict.fromkeys(f"metrics/runs/{stage}/{run}.json" for stage, run in runs if run)
+    behind = Printed(root).behind
+    runs = [at for kind, run in map(kind_and_run, sources) for at in (*behind(run), (kind, run))]
+    records = dict.fromkeys(f"metrics/runs/{stage}/{run}.json" for stage, run in runs)
     found = [name for name in records if (root / name).is_file()]
     return list(dict.fromkeys(["metrics/tables/cells.json", *tables, *results])), found

@@ -8,7 +8,7 @@ from typing import Any
 
 from dynat.audit.link import Link, absent, broken, good, one_line
 from dynat.config.attack import Attack, AutoAttack
-from dynat.config.params import Params, guide_of, load
+from dynat.config.params import Params, load
 from dynat.errors import UserError
 from dynat.evaluation.verdicts import accuracy, decode
 from dynat.paper.cells import PLOTS, REPORT, TABLES, average, difference
@@ -38,13 +38,6 @@ def kind_and_run(source: Source) -> tuple[str, str]:
     return kind, run
 
 
-def guide_run(run: str) -> str | None:
-    """The training of the frozen guide behind ``setting/method/seed``, if there is one."""
-    setting, method, seed = run.split("/")
-    guide = guide_of(method)
-    return guide and f"{setting}/{guide}/{seed}"
-
-
 class Printed:
     """The tables as they are printed, and as the verdicts say they should be.
 
@@ -63,6 +56,13 @@ class Printed:
     def sources(self, key: str) -> list[Source]:
         """What the cell says it was counted from."""
         return list(self.cells[key]["sources"])
+
+    def behind(self, run: str) -> list[tuple[str, str]]:
+        """Stages and runs, ``setting/method/seed``, that weights of ``run`` come from, the last its own."""
+        setting, method, seed = run.split("/")
+        guide, checkpoint = self.params.guide_run(method, int(seed)), self.params.checkpoint
+        runs = [*([guide] if guide else []), (method, int(seed))]
+        return [("import" if name in checkpoint else "train", f"{setting}/{name}/{of}") for name, of in runs]
 
     def check(self, key: str) -> list[Link]:
         """The cell's text against its verdicts and its metrics, and each table that prints it."""

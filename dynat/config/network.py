@@ -7,6 +7,7 @@ from pydantic import Field, model_validator
 from dynat.config.fields import Count, KeyedError, Number, Positive, Section
 
 Layers = Annotated[Count, Field(le=1000)]
+Stride = Annotated[Count, Field(le=1000)]  # pixels; of a far larger one no convolution can be made
 Hash = Annotated[str, Field(pattern=r"^[0-9a-f]{64}$")]  # SHA-256
 Urls = list[Annotated[str, Field(pattern=r"^https?://\S+$")]]  # what a file's name is appended to, in order
 OPTIONS = {
@@ -22,12 +23,12 @@ class Network(Section):
 
     name: Literal["resnet", "preact_resnet", "wrn", "cnn"]
     blocks: list[Layers] | None = None
-    strides: list[Count] | None = None
+    strides: list[Stride] | None = None
     width: Count | None = None
     depth: Layers | None = None
     widen: Count | None = None
     sub_block1: bool | None = None
-    stem_stride: Count | None = None
+    stem_stride: Stride | None = None
 
     @model_validator(mode="after")
     def _own_options(self) -> "Network":

@@ -110,15 +110,9 @@ class Study(Section):
 
 
 def recipe_of(method: str) -> str:
-    """The recipe of a method: itself, ``rslad`` of ``rslad-trades``, ``trades`` of ``guide-trades``."""
+    """The recipe of a method: itself, ``trades`` of ``guide-trades``, ``rslad`` of ``rslad-<guide>``."""
     first, _, second = method.partition("-")
     return second if first == GUIDE else first
-
-
-def guide_of(method: str) -> str | None:
-    """The method whose target is the frozen guide of ``method``: ``guide-trades`` of ``rslad-trades``."""
-    first, hyphen, guide = method.partition("-")
-    return f"{GUIDE}-{guide}" if hyphen and first != GUIDE else None
 
 
 class Params(Section):
@@ -132,6 +126,7 @@ class Params(Section):
     seeds: Annotated[list[Index], Field(min_length=1)]
     alpha: NonNegative | None = None
     checkpoints: dict[Name, Name] = {}  # weights of ``checkpoint``, attacked in a setting
+    guide_checkpoints: list[Name] = []
     launch: str = "python"
     save_minutes: NonNegative = 10.0  # of work that a kill may cost a training; 0: its last step
     study: Annotated[dict[Name, Study], Field(min_length=1)]
@@ -162,6 +157,7 @@ class Params(Section):
             ("variants", [*self.baselines, *self.variants], self.recipes),
             ("distilled", self.distilled, self.recipes),
             ("guides", self.guides, self.recipes),
+            ("guide_checkpoints", self.guide_checkpoints, self.checkpoints),
         ):
             for name in selected:
                 check_known(key, name, known)
@@ -177,7 +173,11 @@ class Params(Section):
                 raise KeyedError("settings", reason)
         if same := min({*self.checkpoint} & {*self.recipes}, default=None):
             raise KeyedError(f"checkpoint.{same}", "is the name of a recipe too; choose another one")
-        if self.distilled and not self.guides:
+        for name in self.guide_checkpoints if self.distilled else ():
+            if self.settings != [setting := self.checkpoints[name]]:
+                reason = f"must be [{setting}] alone, where {name!r} of guide_checkpoints is imported"
+                raise KeyedError("settings", reason)
+        if self.distilled and not (self.guides or self.guide_checkpoints):
             reason = "name the recipe whose target guides those of distilled, such as -S 'guides=[trades]'"
             raise KeyedError("guides", reason)
         if not self.trained and not self.checkpoints:
@@ -201,13 +201,23 @@ class Params(Section):
     @property
     def trained(self) -> list[str]:
         """All that is trained to be attacked; a distilled method is named after its guide's recipe too."""
-        pairs = product(self.distilled, self.guides)
+        pairs = product(self.distilled, [*self.guides, *self.guide_checkpoints])
         return [*self.baselines, *self.variants, *(f"{name}-{guide}" for name, guide in pairs)]
 
     @property
     def frozen_guides(self) -> list[str]:
         """What is trained for :attr:`trained` beside them."""
         return [f"{GUIDE}-{name}" for name in self.guides]
+
+    def guide_run(self, method: str, seed: int) -> tuple[str, int] | None:
+        """Method and seed of the weights that are the frozen guide of ``method``, if it has one.
+
+        ``guide-trades`` and the same seed for ``rslad-trades``; a name of ``checkpoint`` has the seed 0.
+        """
+        first, _, guide = method.partition("-")
+        if first == GUIDE or not guide:
+            return None
+        return (guide, 0) if guide in self.checkpoint else (f"{GUIDE}-{guide}", seed)
 
     def methods(self, setting: str) -> list[str]:
         """The selected rows of ``setting``, in their order: what is trained here, then what is not."""

@@ -28,7 +28,7 @@ from dynat.runtime.progress import counted
 from dynat.runtime.record import RunRecord
 from dynat.runtime.resume import ResumeStore
 from dynat.runtime.signals import graceful_stop
-from dynat.runtime.stage import INTERRUPTED, Run
+from dynat.runtime.stage import INTERRUPTED, Run, memory_for
 from dynat.runtime.tracking import Tracker
 
 Spec = TypeVar("Spec", Attack, AutoAttack)
@@ -108,7 +108,8 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
         }
     )
     distributed.join(device)
-    with ResumeStore(key) as store, graceful_stop() as stop_requested:
+    batch = f"study.{run.setting}.{kind}.batch"
+    with memory_for(batch), ResumeStore(key) as store, graceful_stop() as stop_requested:
         flag = store.folder / "stop"  # makes the other processes leave with the one that was asked to
         if distributed.rank() == 0:
             flag.unlink(missing_ok=True)

@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynat.config.params import Extent, Network, Study, guide_of
+from dynat.config.params import Extent, Network, Study
 from dynat.config.recipe import Recipe
 from dynat.data.splits import load
 from dynat.errors import UserError
@@ -47,7 +47,7 @@ def refuse_training(study: Study, recipe: Recipe, section: str, known: Extent | 
             raise UserError(f"{section}.train.batch: {few}; choose another batch size or fewer processes")
         if train.mean and len(train.mean) != channels:
             raise UserError(f"{section}.train.mean: must have {channels} numbers, one per channel")
-    shape = known.shape if known else (len(train.mean or "RGB"), 32, 32)
+    shape, needed = known.shape if known else (len(train.mean or "RGB"), 32, 32), 0
     for name, spec in _networks(study, recipe).items():
         key = f"{section}.{name}"
         with torch.device("meta"):
@@ -60,9 +60,9 @@ def refuse_training(study: Study, recipe: Recipe, section: str, known: Extent | 
                 of = f"batches of {fewest} images {shape}, as the last of an epoch" if known else "any images"
                 text = why if isinstance(error, UserError) else f"cannot be trained on {of}: {why}"
                 raise UserError(f"{key}: {text}") from None
-        needed = BYTES * sum(each.numel() for each in network.parameters())
+        needed += BYTES * sum(each.numel() for each in network.parameters())
         if needed > (there := machine.memory_of(study.machine)):
-            text = f"needs {needed / 2**30:.0f} GiB for weights, gradients and momentum"
+            text = f"needs {needed / 2**30:.0f} GiB for weights, gradients and momentum so far"
             raise UserError(f"{key}: {text}, here are {there / 2**30:.0f} GiB; choose a smaller one")
 
 
@@ -114,13 +114,14 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
 
 
 def _frozen_guide(run: Run) -> Path | None:
-    """The chosen weights of the frozen guide of a run, if it has one; :class:`UserError` if not trained."""
-    method = guide_of(run.method)
-    if method is None:
+    """The chosen weights of the frozen guide of a run, if it has one; :class:`UserError` if not there."""
+    found = run.params.guide_run(run.method, run.seed)
+    if found is None:
         return None
-    path = replace(run, method=method).path("models") / "target.safetensors"
+    path = replace(run, method=found[0], seed=found[1]).path("models") / "target.safetensors"
     if not path.exists():
-        raise UserError(f"{path}: no such file; train the guide: dvc repro train_guide")
+        stage = "import" if found[0] in run.params.checkpoint else "train_guide"
+        raise UserError(f"{path}: no such file; make the guide's weights: dvc repro {stage}")
     return path
 
 

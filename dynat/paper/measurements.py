@@ -89,12 +89,15 @@ def read_results(params: Params, root: Path = Path()) -> Results:
     measured, radii, histories = list[Measurement](), [], []
     epochs, failed = Texts(list), Texts(list)
     for run in params.runs:
+        guide, _ = params.guide_run(run[1], run[2]) or ("", 0)
+        elsewhere = guide in params.checkpoint
+        notes = [f"learned from {ELSEWHERE}: {params.checkpoint[guide].origin}"] if elsewhere else []
         name = "/".join(map(str, run))
         try:
             metrics = _metrics(root, name)
             attack, sanity = metrics["attack"], metrics["sanity"] or {"checks": {}}
             for kind in ("attack", "autoattack"):
-                measured += _measure(root, kind, run, metrics[kind], code)
+                measured += _measure(root, kind, run, metrics[kind], code, notes)
             radii += [(*run, *point, sanity["n"]) for point in sanity.get("epsilon_curve", ())]
             broken = [check for check, each in sanity["checks"].items() if not each["passed"]]
             failed[run[:2]] += [f"sanity check failed: {check} (seed {run[2]})" for check in broken]
@@ -125,9 +128,14 @@ def _metrics(root: Path, name: str) -> dict[str, dict[str, Any]]:
 
 
 def _measure(
-    root: Path, kind: str, run: tuple[str, str, int], metrics: dict[str, Any], code: dict[str, str]
+    root: Path,
+    kind: str,
+    run: tuple[str, str, int],
+    metrics: dict[str, Any],
+    code: dict[str, str],
+    notes: list[str],
 ) -> Iterator[Measurement]:
-    """Count the verdicts behind each accuracy in the metrics of ``kind``, attack or autoattack."""
+    """Count the verdicts behind each accuracy in the metrics of ``kind``; ``notes`` are the run's caveats."""
     if not metrics:
         return
     base = f"metrics/{kind}/{run[0]}/{run[1]}/{run[2]}"
@@ -135,7 +143,7 @@ def _measure(
     verdicts = read_json(root, companion)
     if verdicts is None:
         raise UserError(f"{companion}: missing beside {file}; run dvc repro")
-    caveats = [f"AutoAttack warned: {warning}" for warning in metrics.get("warnings", ())]
+    caveats = [*notes, *(f"AutoAttack warned: {warning}" for warning in metrics.get("warnings", ()))]
     caveats += metrics.get("data_notes", ())
     caveats += [f"{ELSEWHERE}: {metrics['origin']}"] if "origin" in metrics else []
     caveats += [text for (key, value), text in CAVEATS.items() if metrics.get(key) == value]

@@ -5,12 +5,12 @@ import io
 import os
 import re
 import sys
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
-from dynat.config.params import Params, Study, guide_of, load, recipe_of
+from dynat.config.params import Params, Study, load, recipe_of
 from dynat.errors import UserError
 
 INTERRUPTED = 75  # EX_TEMPFAIL: stopped by a signal, the next run goes on from there
@@ -72,6 +72,19 @@ def main(stage: Callable[[], int | None]) -> None:
     os._exit(status)  # taking torch and MLflow down takes a second, and crashes beside a thread that hangs
 
 
+@contextmanager
+def memory_for(key: str) -> Iterator[None]:
+    """Raise :class:`UserError`, naming ``key`` of params.yaml, where torch gets no more memory within."""
+    try:
+        yield
+    except RuntimeError as error:
+        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+            raise
+        asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
+        text = asked[0].replace("T", "t", 1) if asked else "no more memory"
+        raise UserError(f"{key}: out of memory, {text}; choose a smaller one") from None
+
+
 def run_of_arguments(description: str) -> Run:
     """The run named on the command line, with the whole of params.yaml validated first."""
     parser = argparse.ArgumentParser(description=description)
@@ -82,13 +95,15 @@ def run_of_arguments(description: str) -> Run:
     params = load()
     if arguments.setting not in params.study:
         raise UserError(f"setting {arguments.setting!r} is not in params.yaml's study")
-    guide = guide_of(method := arguments.method)
+    method, known = arguments.method, (*params.recipes, *params.checkpoint)
+    run = Run(arguments.setting, method, arguments.seed, params)
     if method in params.checkpoint:
-        return Run(arguments.setting, method, arguments.seed, params)
-    for name in (method, guide or method):
-        if recipe_of(name) not in params.recipes:
+        return run
+    guide, _ = params.guide_run(method, 0) or ("", 0)
+    for name, among in ((method, params.recipes), (guide, known)):
+        if name and recipe_of(name) not in among:
             raise UserError(f"method {name!r} is not in params.yaml's recipes, nor in checkpoint")
     if params.recipe(arguments.setting, method).frozen_guide != bool(guide):
-        named = "with a frozen guide, and only then, a method is named after both recipes, as rslad-trades"
+        named = "with a frozen guide, and only then, a method is named after both, as rslad-trades"
         raise UserError(f"method {method!r}: {named}")
-    return Run(arguments.setting, method, arguments.seed, params)
+    return run

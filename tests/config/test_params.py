@@ -14,7 +14,7 @@ from dvc.utils.serialize import load_yaml
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from dynat.config.params import guide_of, load, parse, recipe_of
+from dynat.config.params import load, parse, recipe_of
 from dynat.errors import UserError
 
 FILE = Path(__file__).parents[2] / "params.yaml"
@@ -140,6 +140,14 @@ def test_a_checkpoint_in_a_setting_that_is_not_selected_is_refused() -> None:
     )
 
 
+IMPORTED = {  # a method that learns from weights trained elsewhere
+    "settings": ["cifar10_tiny"],
+    "distilled": ["rslad"],
+    "checkpoints": {"pyautoattack_resnet18": "cifar10_tiny"},
+    "guide_checkpoints": ["pyautoattack_resnet18"],
+}
+
+
 @pytest.mark.parametrize(
     ("lists", "message"),
     [
@@ -150,6 +158,11 @@ def test_a_checkpoint_in_a_setting_that_is_not_selected_is_refused() -> None:
         ({"distilled": ["rslad"], "guides": ["ard"]}, "guides: 'ard' has a frozen guide itself"),
         ({"distilled": ["rslad"], "guides": ["trade"]}, "guides: unknown 'trade'; did you mean 'trades'?"),
         ({"distilled": ["rslad", "rslad"], "guides": ["trades"]}, "distilled: 'rslad' is selected twice"),
+        ({"distilled": ["rslad"], "guide_checkpoints": ["them"]}, "guide_checkpoints: unknown 'them'"),
+        (
+            {**IMPORTED, "settings": ["digits", "cifar10_tiny"]},
+            "settings: must be [cifar10_tiny] alone, where 'pyautoattack_resnet18' of guide_checkpoints is",
+        ),
     ],
 )
 def test_a_method_in_the_wrong_list_is_refused_with_the_right_one(lists: Any, message: str) -> None:
@@ -162,13 +175,25 @@ def test_a_distilled_method_is_selected_once_for_every_guide_and_named_after_bot
     own = ["ard-trades", "ard-dynat", "saad-trades", "saad-dynat"]
     assert params.trained == ["pgd_at", "dynat", *own]
     assert params.frozen_guides == ["guide-trades", "guide-dynat"]
-    assert {each: (recipe_of(each), guide_of(each)) for each in ("ard-dynat", "guide-dynat", "dynat")} == {
-        "ard-dynat": ("ard", "guide-dynat"),
+    found = {
+        each: (recipe_of(each), params.guide_run(each, 3)) for each in ("ard-dynat", "guide-dynat", "ard")
+    }
+    assert found == {
+        "ard-dynat": ("ard", ("guide-dynat", 3)),
         "guide-dynat": ("dynat", None),
-        "dynat": ("dynat", None),
+        "ard": ("ard", None),
     }
     assert params.recipe("digits", "ard-dynat").guide == "frozen"
     assert [params.recipe("digits", each).alpha for each in ("dynat", "guide-dynat")] == [0.5, 1]
+
+
+def test_a_method_learns_from_guides_trained_here_and_elsewhere_which_have_one_seed() -> None:
+    params = parse({**TREE, **IMPORTED, "baselines": [], "variants": [], "guides": ["trades"], "seeds": [3]})
+    name = "pyautoattack_resnet18"
+    assert params.trained == ["rslad-trades", f"rslad-{name}"]
+    assert params.runs[-1] == ("cifar10_tiny", name, 0)
+    assert params.guide_run(f"rslad-{name}", 3) == (name, 0)
+    assert params.recipe("cifar10_tiny", f"rslad-{name}") == params.recipe("cifar10_tiny", "rslad-trades")
 
 
 def test_what_becomes_a_frozen_guide_is_trained_on_the_guides_network() -> None:

@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from dynat.config.attack import Attack, AutoAttack
 from dynat.config.params import load
 from dynat.data.sources import prepare
 from dynat.errors import UserError
+from dynat.evaluation import evaluate
 from dynat.evaluation.chunks import Chunks
 from dynat.evaluation.evaluate import Evaluation, TrainedNetworks, run_evaluation, write_evaluation
 from dynat.evaluation.evidence import Evidence
@@ -41,6 +43,26 @@ def test_more_samples_than_test_images_are_refused_by_their_key(
     run = Run("digits", "pgd_at", 0, PARAMS.model_copy(update={"study": {"digits": larger}}))
     with pytest.raises(UserError, match=rf"^study\.digits\.{kind}\.n: 401 is more than the 400 test images"):
         run_evaluation(run, kind, spec, RunRecord(kind, run), never)
+
+
+@pytest.mark.parametrize("kind", ["attack", "autoattack"])
+def test_an_attack_that_gets_no_memory_names_the_batch(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def hungry(networks: TrainedNetworks, spec: Attack | AutoAttack, chunks: Chunks) -> Evaluation:
+        torch.empty(2**50)
+        raise AssertionError("had the memory")
+
+    monkeypatch.chdir(tmp_path)
+    for name in ("data", "target.safetensors"):
+        (tmp_path / name).write_bytes(b"")
+    networks = SimpleNamespace(data=tmp_path / "data", folder=tmp_path)
+    monkeypatch.setattr(evaluate, "trained_networks", lambda *_: networks)
+    monkeypatch.setattr(machine, "device_of", lambda *_: torch.device("cpu"))
+    run = Run("digits", "pgd_at", 0, PARAMS)
+    line = rf"^study\.digits\.{kind}\.batch: out of memory, tried to allocate 4503599627370496 bytes; choose"
+    with pytest.raises(UserError, match=line):
+        run_evaluation(run, kind, getattr(run.study, kind), RunRecord(kind, run), hungry)
 
 
 def test_metrics_verdicts_and_witness_hold_the_evidence(

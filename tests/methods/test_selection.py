@@ -22,6 +22,7 @@ from dynat.evaluation.chunks import Chunks
 from dynat.methods.selection import refuse_setting
 from dynat.methods.setup import set_up
 from dynat.methods.training import Training
+from dynat.runtime import machine
 from dynat.runtime.stage import Run, run_of_arguments
 from stages import check
 
@@ -117,6 +118,14 @@ def test_what_cannot_be_run_is_refused_by_its_key(
     assert re.match(line, found), found
     assert "\n" not in found
     assert len(found) < 300
+
+
+def test_networks_that_fit_alone_and_not_together_are_refused(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(machine, "memory_of", lambda _: 2**30)
+    assert refusal(of(target__width=2000)) is None
+    assert refusal(of(guide__width=2000)) is None
+    both = refusal(of(target__width=2000, guide__width=2000)) or "nothing refused"
+    assert both.startswith("study.digits.guide: needs 2 GiB for weights, gradients and momentum so far")
 
 
 @pytest.mark.parametrize(

@@ -195,16 +195,25 @@ def test_a_training_in_another_precision_has_a_resume_state_of_its_own(
     assert keys["fp32"] != keys["bf16"]
 
 
+@pytest.mark.parametrize(
+    ("guide", "weights", "stage"),
+    [
+        ("trades", "guide-trades/3", "train_guide"),
+        ("pyautoattack_resnet18", "pyautoattack_resnet18/0", "import"),
+    ],
+)
 def test_a_distilled_training_needs_its_guides_weights_and_keeps_none_of_its_own(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    guide: str, weights: str, stage: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     params = load()
     study = params.study["digits"]
     monkeypatch.chdir(tmp_path)
     prepare(study.data, Path("data/digits.safetensors"), "study.digits.data")
-    run = Run("digits", "rslad-trades", 3, params)
-    path = Path("models/digits/guide-trades/3/target.safetensors")
-    with pytest.raises(UserError, match=f"{path}: no such file; train the guide"):
+    run = Run("digits", f"rslad-{guide}", 3, params)
+    path = Path(f"models/digits/{weights}/target.safetensors")
+    with pytest.raises(
+        UserError, match=f"{path}: no such file; make the guide's weights: dvc repro {stage}$"
+    ):
         set_up(run)
     options = {"num_classes": 10, "in_channels": 1, **study.guide.model_dump(exclude_none=True)}
     keys = set()

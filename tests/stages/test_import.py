@@ -78,11 +78,18 @@ def test_the_same_weights_from_elsewhere_get_the_same_verdicts_and_an_audited_ro
     entry = put(repository, tmp_path / "mirror")
     monkeypatch.setenv("DYNAT_DATA_MIRROR", str(tmp_path / "mirror"))
     entries = {"theirs": entry, "coded": put_code(repository, tmp_path / "mirror")}
-    choose(repository, {"checkpoint": entries, "checkpoints": dict.fromkeys(entries, "digits")})
+    chosen = {"checkpoint": entries, "checkpoints": dict.fromkeys(entries, "digits")}
+    choose(repository, chosen | {"distilled": ["rslad"], "guide_checkpoints": [*entries]})
     done = dvc(repository, "repro", PATH=quick_path)
     assert done.returncode == 0, done.stdout + done.stderr
     own = {
         f"{s}@{name}" for s in ("import", "attack_checkpoint", "autoattack_checkpoint") for name in entries
+    }
+    own |= {
+        f"{kind}_distilled_checkpoint@digits-rslad-{name}-{seed}"
+        for kind in ("train", "attack", "autoattack")
+        for name in entries
+        for seed in load(repository / "params.yaml").seeds
     }
     assert stages_run(done) == own | {"check", "tabulate"}
     for kind in ("attack", "autoattack"):
@@ -95,19 +102,26 @@ def test_the_same_weights_from_elsewhere_get_the_same_verdicts_and_an_audited_ro
     table = (repository / "metrics/tables/digits.md").read_text()
     chosen, last = table.split("digits, last epoch")
     assert re.search(r"^\| theirs ", chosen, re.MULTILINE)
-    assert "weights trained elsewhere: a test" in chosen
+    for name, origin in (("theirs", "a test"), ("coded", "a draw")):
+        assert re.search(rf"^\S+ weights trained elsewhere: {origin} *$", chosen, re.MULTILINE)
+        assert re.search(rf"^\| rslad-{name} ", chosen, re.MULTILINE)
+        assert re.search(rf"^\S+ learned from weights trained elsewhere: {origin} *$", table, re.MULTILINE)
     assert "other code" not in chosen
     assert "theirs" not in last
     commit(repository, "theirs")
     assert audit(["--all"]) == 0
     for name in entries:
         assert audit([f"digits/{name}/0/pgd20", "--deep", "--replay", "1"]) == 0
+        assert audit([f"digits/rslad-{name}/0/pgd20", "--deep", "--replay", "2"]) == 0
     said = capsys.readouterr().out
+    assert "metrics/runs/import/digits/coded/0.json" in said.partition("rslad-coded/0/pgd20")[2]
+    assert said.count("the first 2 steps give the recorded losses") == len(entries)
     assert "theirs.pth: at hand, with the hash that params.yaml says" in said
     assert "no step of theirs can be repeated" in said
     (tmp_path / "mirror/theirs.pth").write_bytes(b"other weights")
-    assert audit(["digits/theirs/0/pgd20"]) == 1
-    assert "theirs.pth: expected sha256" in capsys.readouterr().out
+    for cell in ("digits/theirs/0/pgd20", "digits/rslad-theirs/0/pgd20"):
+        assert audit([cell]) == 1
+        assert "theirs.pth: expected sha256" in capsys.readouterr().out
 
 
 def test_weights_or_code_without_a_hash_are_refused_with_the_line_to_write(
