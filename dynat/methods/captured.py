@@ -16,21 +16,27 @@ WARM_UP = 3  # eager steps before a recording: kernels are loaded, momenta alloc
 class CapturedSteps:
     """The steps of ``engine``: batches of ``size`` samples by a CUDA graph, any others eagerly.
 
-    The graph is recorded anew when a constant of the step changes. Needs a CUDA device and one process.
+    The graph is recorded anew when a constant of the step changes, after one eager step with it. Needs a
+    CUDA device and one process.
     """
 
     def __init__(self, engine: Engine, size: int) -> None:
         self.engine, self.size = engine, size
-        self.seen = 0  # batches of that size
+        self.eager = WARM_UP  # batches of that size still to come before a recording
+        self.constants: Constants | None = None  # of the last batch of that size
         self.recorded: _Recorded | None = None
 
     def __call__(self, batch: Batch) -> StepLosses:
         """Train on ``batch``, as :meth:`.step.Engine.step`."""
-        if len(batch.truth) != self.size or self.seen < WARM_UP:
-            self.seen += len(batch.truth) == self.size
+        if len(batch.truth) != self.size:
             return self.engine.step(batch)
-        if self.recorded is None or self.recorded.constants != self.engine.constants:
-            self.recorded = None  # its memory first
+        if self.constants != self.engine.constants:
+            self.constants, self.recorded = self.engine.constants, None
+            self.eager = max(self.eager, 1)  # AWP's first epoch, say, has kernels of its own
+        if self.eager:
+            self.eager -= 1
+            return self.engine.step(batch)
+        if self.recorded is None:
             self.recorded = _Recorded(self.engine, batch)
         return self.recorded(batch)
 
@@ -39,7 +45,6 @@ class _Recorded:
     """One recording: of its inputs and outputs each has one place in memory."""
 
     def __init__(self, engine: Engine, example: Batch) -> None:
-        self.constants: Constants = engine.constants
         jitter = None if example.jitter is None else example.jitter.clone()
         self.inputs = Batch(example.images.clone(), example.truth.clone(), example.start.clone(), jitter)
         before = [int(counter) for counter in engine.counters]

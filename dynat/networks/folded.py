@@ -65,11 +65,11 @@ class Folded(nn.Module):
     @torch.no_grad()
     def refresh(self, network: nn.Module) -> None:
         """Take over the present weights and running statistics of ``network``, in place."""
-        present = network.state_dict()
+        present = _tensors(network)
         for convolution, norm in self.pairs:
             weight, bias = _folded(network.get_submodule(convolution), network.get_submodule(norm))
             present |= {f"{convolution}.weight": weight, f"{convolution}.bias": bias}
-        for name, tensor in self.network.state_dict().items():
+        for name, tensor in _tensors(self.network).items():
             tensor.copy_(present[name])
 
     def forward(self, x: Tensor) -> Tensor:
@@ -78,6 +78,11 @@ class Folded(nn.Module):
             return self.network(x)
         with torch.autocast(x.device.type, self.precision):
             return self.network(x).float()
+
+
+def _tensors(network: nn.Module) -> dict[str, Tensor]:
+    """Parameters and buffers by name; ``state_dict`` would break the compiler's graph of a step."""
+    return {**dict(network.named_parameters()), **dict(network.named_buffers())}
 
 
 def _pairs(network: nn.Module) -> Iterator[tuple[str, str]]:

@@ -98,10 +98,17 @@ def average(tensors: Sequence[Tensor], count: int) -> None:
             tensor.copy_(mean.view(tensor.shape))
 
 
+@torch.no_grad()
 def share_first(tensors: Iterable[Tensor]) -> None:
-    """Replace ``tensors`` by those of the first process, in place."""
+    """Replace ``tensors`` by those of the first process, in place: a message for each type and device."""
+    kinds: dict[tuple[torch.dtype, torch.device], list[Tensor]] = {}
     for tensor in tensors if size() > 1 else ():
-        dist.broadcast(tensor, 0)
+        kinds.setdefault((tensor.dtype, tensor.device), []).append(tensor)
+    for group in kinds.values():
+        flat = torch.cat([tensor.flatten() for tensor in group])
+        dist.broadcast(flat, 0)
+        for tensor, first in zip(group, flat.split([tensor.numel() for tensor in group]), strict=True):
+            tensor.copy_(first.view(tensor.shape))
 
 
 def anyone(flag: bool, meanwhile: Callable[[], object] | None = None) -> bool:

@@ -116,10 +116,18 @@ def test_a_step_counts_once_whether_recorded_or_not(steps: tuple[Stub, CapturedS
         assert [int(counter) for counter in engine.counters] == [7 + 2 * done, 9]
 
 
-def test_other_constants_are_recorded_anew_and_equal_ones_are_not(steps: tuple[Stub, CapturedSteps]) -> None:
+def test_other_constants_are_recorded_anew_after_an_eager_step_and_equal_ones_are_not(
+    steps: tuple[Stub, CapturedSteps],
+) -> None:
     engine, step = steps
-    for constants in ("first", "first", "second", "second", "first"):
+    for changes, constants in enumerate(("first", "second", "first")):
         engine.constants = constants
         for value in range(WARM_UP + 1):
             step(batch_of(SIZE, value))
-    assert len(GRAPHS) == 3
+            step(batch_of(SIZE - 1, value))
+        assert len(GRAPHS) == 1 + changes
+        others = (WARM_UP + 1) * (1 + changes)
+        assert engine.eager == others + WARM_UP + changes
+        engine.constants = "".join([*constants])  # equal, and another object
+        step(batch_of(SIZE, 1))
+        assert len(GRAPHS) == 1 + changes

@@ -1,6 +1,9 @@
 """Two steps of a recipe leave weights, momenta and running statistics as the published steps leave them."""
 
 import copy
+from collections.abc import Sequence
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -15,6 +18,7 @@ from step_cases import (
     shipped,
 )
 from torch import Tensor
+from torch._subclasses import FakeTensorMode
 
 from dynat.config.recipe import Recipe
 from dynat.methods.batches import Batch
@@ -154,25 +158,89 @@ def test_in_epochs_of_equal_constants_a_step_is_the_same_to_the_bit(name: str) -
 # --------------------------------------------------------------------- what a step does not do
 
 
+def little(name: str, precision: torch.dtype = torch.float32, fold: bool = True) -> tuple[Any, Batch]:
+    """A recipe's engine past every burn-in, with one inner step at most, and a batch."""
+    choice = shipped(name)
+    inner = choice.inner.model_copy(update={"steps": min(1, choice.inner.steps)})
+    choice = choice.model_copy(update={"inner": inner})
+    target, guide = (build("cnn", 5, 3, width=4, depth=1) for _ in range(2))
+    images, truth = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
+    stop = choice.inner.stop
+    jitter = torch.randn(1, *images.shape) if stop and stop.noise else None
+    engine = Engine(choice, target, guide if choice.needs_guide else None, precision, fold=fold)
+    engine.set_epoch(choice.schedule.epochs - 1)
+    return engine, Batch(images, truth, torch.rand_like(images), jitter)
+
+
+class Fake(FakeTensorMode):
+    """Tensors without values that say they are on a device which is not there."""
+
+    def __deepcopy__(self, memo: object) -> "Fake":
+        return self  # as of a tensor that is copied: copies are of the same mode
+
+
+FAKE = Fake()  # one for all: a second one would meet tensors of the first
+
+
+@pytest.fixture
+def fake(monkeypatch: pytest.MonkeyPatch) -> Fake:
+    """CUDA as far as it goes without a device: PyTorch's backward needs one, so gradients are zeros."""
+
+    def gradients(outputs: Tensor, inputs: Tensor | Sequence[Tensor], **options: Any) -> list[Tensor]:
+        assert outputs.device.type == "cuda"
+        return [torch.zeros_like(each) for each in ([inputs] if isinstance(inputs, Tensor) else inputs)]
+
+    def backward(loss: Tensor) -> None:
+        assert (loss.device.type, loss.dtype) == ("cuda", torch.float32)
+
+    def take_over(parameter: Tensor, converted: Tensor) -> None:
+        parameter.data = converted.data
+
+    monkeypatch.setattr(torch.autograd, "grad", gradients)
+    monkeypatch.setattr(Tensor, "backward", backward)
+    monkeypatch.setattr(torch.utils, "swap_tensors", take_over)  # refuses what the mode has a reference to
+    monkeypatch.setattr(torch.cuda.amp.common, "amp_definitely_not_available", lambda: False)
+    monkeypatch.setattr(torch.cuda, "is_bf16_supported", lambda: True)
+    return FAKE
+
+
+@pytest.mark.parametrize("precision", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("name", PARAMS["recipes"])
+def test_no_forward_and_no_loss_of_a_step_mixes_the_gpus_tensors_with_the_hosts(
+    name: str, precision: torch.dtype, fake: Fake
+) -> None:
+    with fake, torch.device("cuda"):
+        engine, batch = little(name, precision)
+        outcome = engine.step(batch)
+        assert outcome.target_loss.device.type == "cuda"
+        with pytest.raises(RuntimeError, match="device"):
+            batch.images + torch.ones(batch.images.shape, device="cpu")
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", PARAMS["recipes"])
+def test_the_compiler_sees_a_step_up_to_its_update_as_one_graph(name: str) -> None:
+    """No value of a tensor decides anything; PyTorch's optimiser breaks graphs on purpose and is left out."""
+    engine, batch = little(name)
+    engine.step(batch)  # the folded copy is made once
+    engine.optimizer = SimpleNamespace(zero_grad=lambda: None, step=lambda: None)
+    torch._dynamo.reset()
+    with torch._dynamo.config.patch(trace_autograd_ops=True):
+        found = torch._dynamo.explain(engine.step)(batch)
+    torch._dynamo.reset()
+    assert (found.graph_count, found.break_reasons) == (1, [])
+
+
 @pytest.mark.parametrize("fold", [False, True])
 @pytest.mark.parametrize("name", PARAMS["recipes"])
 def test_no_step_reads_a_value_from_the_device(name: str, fold: bool) -> None:
     """Tensors without values: whoever asks for one, as ``.item()`` and ``.nonzero()`` do, fails."""
-    choice = shipped(name)
-    inner = choice.inner.model_copy(
-        update={"steps": min(2, choice.inner.steps)}
-    )  # each on meta tensors is slow
-    choice = choice.model_copy(update={"inner": inner})
     with torch.device("meta"):
-        target, guide = (build("resnet", 5, 3, blocks=[1, 1], strides=[1, 2], width=4) for _ in range(2))
-        images, truth = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
-        stop = choice.inner.stop
-        jitter = torch.randn(choice.inner.steps, *images.shape) if stop and stop.noise else None
-    engine = Engine(choice, target, guide if choice.needs_guide else None, fold=fold)
-    engine.set_epoch(choice.schedule.epochs - 1)  # past every burn-in
+        engine, batch = little(name, fold=fold)
     for _ in range(2):
-        outcome = engine.step(Batch(images, truth, torch.rand_like(images), jitter))
+        outcome = engine.step(batch)
     assert outcome.target_loss.shape == ()
+    images, truth = batch.images, batch.truth
     for reading in (outcome.target_loss.item, truth.nonzero, lambda: images[truth > 0]):
         with pytest.raises((RuntimeError, NotImplementedError)):
             reading()
