@@ -17,7 +17,7 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "dynat/fleet": 1540,
     "dynat/accept": 555,
     "dynat/publish": 725,
-    "dynat/paper": 1750,
+    "dynat/paper": 1765,
     "dynat/evaluation": 1035,
     "dynat/methods": 1445,
     "dynat/networks": 790,
@@ -63,7 +63,7 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12665
+    assert sum(sizes.values()) <= 12680
     assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4905
 
 

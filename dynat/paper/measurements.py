@@ -26,9 +26,13 @@ TRAIN = "last-train-"
 PREFIXES = {"best": "", "last-train": TRAIN, "last": "last-", "ema": "ema-"}
 IN_AA = "aa-apgd-ce"  # beside "apgd-ce" of stage attack, which has a radius and images of its own
 CURVES = ["train_clean", "test_clean", "validation_robust"]
-CAVEATS = {  # entries of the metrics -> a sentence that must stand beside their numbers
-    ("precision", "bf16"): "attack crafted in bf16, every success verified in fp32",
-    ("precision", "tf32"): "attack crafted in TF32, every success verified in fp32",
+AGAIN = "its successes verified and its survivors attacked again in fp32"
+# entries of the metrics, of precision by their stage -> a sentence that must stand beside their numbers
+CAVEATS = {
+    ("attack", "bf16"): "attack crafted in bf16, every success verified in fp32",
+    ("attack", "tf32"): "attack crafted in TF32, every success verified in fp32",
+    ("autoattack", "bf16"): f"APGD tried in bf16 first, {AGAIN}",
+    ("autoattack", "tf32"): f"APGD tried in TF32 first, {AGAIN}",
     ("regime", "modern"): "trained under the modern regime (docs/methods.md, 18), not as its paper says",
     ("trained_in", "bf16"): "trained in bf16, the paper in fp32 or TF32",
     ("trained_in", "tf32"): "trained in TF32, as the published code where the GPU has it",
@@ -146,7 +150,8 @@ def _measure(
     caveats = [*notes, *(f"AutoAttack warned: {warning}" for warning in metrics.get("warnings", ()))]
     caveats += metrics.get("data_notes", ())
     caveats += [f"{ELSEWHERE}: {metrics['origin']}"] if "origin" in metrics else []
-    caveats += [text for (key, value), text in CAVEATS.items() if metrics.get(key) == value]
+    known = metrics | {kind: metrics.get("precision")}
+    caveats += [text for (key, value), text in CAVEATS.items() if known.get(key) == value]
     trained = "" if "origin" in metrics else f"models/{run[0]}/{run[1]}/{run[2]}"
     versions = [code.get(output, "") for output in (trained, file)]
     for column, block, name, checkpoint, attack in _accuracies(kind, metrics):

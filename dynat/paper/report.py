@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from dynat.errors import UserError
 from dynat.paper.cells import name
+from dynat.paper.measurements import CAVEATS
 from dynat.paper.published import TITLES
 from dynat.paper.tabulation import SUMMARY, Tabulation
 
@@ -106,7 +107,11 @@ def _figures(found: Tabulation, setting: str, root: Path) -> dict[str, Any]:
     hybrids = means[[method for method in clean.index if method in HYBRIDS]].dropna()
     first = sorted((*family, *others), key=lambda method: method != "dynat")
     images = ((method, perturbed(root, setting, f"{method}/{found.params.seeds[0]}")) for method in first)
+    noted = results.measurements.loc[results.measurements["setting"] == setting, ["method", "caveats"]]
+    noted = noted.explode("caveats").drop_duplicates()
+    noted = noted[noted["caveats"].isin({*CAVEATS.values()})]
     return {
+        "marks": noted.groupby("caveats", sort=False)["method"].agg(", ".join).to_dict(),
         "rivals": rivals and figures.training(f"training-{setting}", histories, ["dynat", rivals[0]]),
         "trained": [figures.training(f"training-{setting}-{each}", histories, [each]) for each in trained],
         "clean": len(clean) and figures.intervals(f"clean-{setting}", clean, family, "clean accuracy, %"),

@@ -171,6 +171,17 @@ def test_figures_of_the_paper_are_drawn_from_what_was_run(report: str, tmp_path:
     assert "<figure>" not in empty
 
 
+def test_what_figures_show_in_less_than_float32_is_said_below_them(tmp_path: Path) -> None:
+    write(tmp_path, "dynat", COUNTS, attack={"trained_in": "bf16", "precision": "tf32"})
+    write(tmp_path, "trades", COUNTS, attack={"trained_in": "bf16"})
+    made = render(tabulate(params(["trades"], ["dynat"]), tmp_path), tmp_path)
+    said = re.findall(r"<p>In these figures: (.*?) \((.*?)\)\.</p>", made)
+    assert [(text.split(",")[0], methods) for text, methods in said] == [
+        ("trained in bf16", "trades, dynat"),
+        ("attack crafted in TF32", "dynat"),
+    ]
+
+
 def test_figures_take_their_colours_from_the_page(report: str) -> None:
     svg = "".join(re.findall(r"<svg.*?</svg>", report, flags=re.DOTALL))
     assert "currentColor" in svg

@@ -78,15 +78,20 @@ def test_autoattack_on_more_samples_gets_a_column_of_its_own(tmp_path: Path) -> 
 # ------------------------------------------------------------------------------------- what must not mislead
 
 
-def test_autoattack_warning_and_mixed_precision_become_footnotes(tmp_path: Path) -> None:
-    write(tmp_path, "trades", COUNTS, aa={40: 27})
-    odd = {"warnings": ["zero gradient"], "precision": "bf16"}
+@pytest.mark.parametrize(("precision", "name"), [("bf16", "bf16"), ("tf32", "TF32")])
+def test_autoattack_warning_and_mixed_precision_become_footnotes(
+    precision: str, name: str, tmp_path: Path
+) -> None:
+    write(tmp_path, "trades", COUNTS, aa={40: 27}, attack={"precision": precision})
+    odd = {"warnings": ["zero gradient"], "precision": precision}
     write(tmp_path, "pgd_at", COUNTS, aa={40: 27}, autoattack=odd)
     text = files(params(["pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
-    for note in ("AutoAttack warned: zero gradient", "bf16"):
+    tried, crafted = f"APGD tried in {name} first", f"attack crafted in {name}, every"
+    for note in ("AutoAttack warned: zero gradient", tried):
         assert raised(text, note) in rows(text)["pgd_at"]["AA"]
     other = rows(text)["trades"]["AA"]
-    assert not any(raised(text, note) in other for note in ("AutoAttack warned", "bf16"))
+    assert not any(raised(text, note) in other for note in ("AutoAttack warned", tried, crafted))
+    assert raised(text, crafted) in rows(text)["trades"]["PGD-20"]
     assert rows(text)["pgd_at"]["PGD-20"].endswith("]")
 
 
@@ -107,12 +112,13 @@ def test_what_the_data_file_notes_stands_beside_its_numbers(tmp_path: Path) -> N
     assert raised(text, note) in rows(text)["pgd_at"]["PGD-20"]
 
 
-def test_a_training_in_bf16_is_marked(tmp_path: Path) -> None:
-    write(tmp_path, "pgd_at", COUNTS, attack={"trained_in": "bf16"})
+@pytest.mark.parametrize(("precision", "name"), [("bf16", "bf16"), ("tf32", "TF32")])
+def test_a_training_in_less_than_float32_is_marked(precision: str, name: str, tmp_path: Path) -> None:
+    write(tmp_path, "pgd_at", COUNTS, attack={"trained_in": precision})
     write(tmp_path, "trades", COUNTS, attack={"trained_in": "fp32"})
     text = files(params(["pgd_at", "trades"], []), tmp_path)["metrics/tables/toy.md"]
-    assert raised(text, "trained in bf16") in rows(text)["pgd_at"]["PGD-20"]
-    assert raised(text, "trained in bf16") not in rows(text)["trades"]["PGD-20"]
+    assert raised(text, f"trained in {name}") in rows(text)["pgd_at"]["PGD-20"]
+    assert raised(text, f"trained in {name}") not in rows(text)["trades"]["PGD-20"]
 
 
 @pytest.mark.parametrize(
