@@ -69,6 +69,12 @@ def state(engine: Engine) -> list[Tensor]:
     return [each.cpu() for network in engine.networks.values() for each in network.state_dict().values()]
 
 
+def momenta(engine: Engine) -> Tensor:
+    """After the first step: gradient and weight decay of every parameter."""
+    found = [engine.optimizer.state[each]["momentum_buffer"] for each in engine.parameters]
+    return torch.cat([each.cpu().double().flatten() for each in found])
+
+
 def same(one: Engine, other: Engine) -> bool:
     return all(torch.equal(a, b) for a, b in zip(state(one), state(other), strict=True))
 
@@ -80,16 +86,18 @@ def test_a_recipe_gives_the_same_bits_twice_and_as_a_graph(
 ) -> None:
     recipe = RECIPES[name]
     engines = [engine_of(recipe, device, precision) for _ in range(3)]
+    for engine in engines:
+        engine.set_epoch(0)  # before every burn-in
     captured = CapturedSteps(engines[2], SIZE)
-    for number in range(WARM_UP + 3):
-        small = number == WARM_UP + 1  # the last batch of an epoch, then a full one again
-        if small:
-            for engine in engines:
-                engine.set_epoch(0)  # a new rate, perhaps other constants: recorded anew
+    for number in range(WARM_UP + 5):
+        small = number == WARM_UP + 2  # the last batch of an epoch; past every burn-in full ones again
         batch = batch_of(recipe, number, device, SIZE // 2 if small else SIZE)
         losses = [*(engine.step(batch) for engine in engines[:2]), captured(batch)]
         assert all(bool(each.target_loss.isfinite()) for each in losses)
         assert len({tuple(float(value) for value in each) for each in losses}) == 1
+        if small:
+            for engine in engines:
+                engine.set_epoch(recipe.schedule.epochs - 1)
     assert captured.recorded is not None
     assert same(engines[0], engines[1])
     assert same(engines[0], engines[2])
@@ -99,13 +107,17 @@ def test_a_recipe_gives_the_same_bits_twice_and_as_a_graph(
 def test_a_recipes_first_step_agrees_with_the_cpus(name: str, device: torch.device) -> None:
     recipe, cpu = RECIPES[name], torch.device("cpu")
     losses: list[StepLosses] = []
+    gradients: list[Tensor] = []
     for where in (cpu, device):
         engine = engine_of(recipe, where)
         losses.append(engine.step(batch_of(recipe, 0, where)))
+        gradients.append(momenta(engine))
     # signs of the inner attack hang on rounding where a gradient is nearly zero
     assert losses[1].target_loss.item() == pytest.approx(losses[0].target_loss.item(), rel=1e-2)
     assert losses[1].guide_loss.item() == pytest.approx(losses[0].guide_loss.item(), rel=1e-4)
     assert losses[1].guide_correct.item() == losses[0].guide_correct.item()
+    # float32 is up to 0.13 from float64 on a CPU (sat), 0.1 where the attack is in train mode, else 0.01
+    assert (gradients[1] - gradients[0]).norm() < 0.3 * gradients[0].norm()
 
 
 def test_the_compiled_copy_trains_as_a_graph_too(device: torch.device) -> None:
@@ -119,7 +131,28 @@ def test_the_compiled_copy_trains_as_a_graph_too(device: torch.device) -> None:
     assert same(*engines)
 
 
-def test_a_resnet18_pair_trains_in_bf16_within_6_gib(device: torch.device) -> None:
+def test_a_stopped_training_goes_on_as_a_graph_to_the_bits_of_eager_steps(device: torch.device) -> None:
+    recipe = RECIPES["dynat_awp"]
+    engines = [engine_of(recipe, device) for _ in range(2)]
+    for number in range(2 * (WARM_UP + 2)):
+        if number in (0, WARM_UP + 2):  # it goes on in the middle of an epoch, with new engine and graph
+            weights, momenta = engines[1].target.state_dict(), engines[1].optimizer.state_dict()
+            guide = engines[1].guide
+            assert guide is not None
+            engines[1], its = engine_of(recipe, device), guide.state_dict()
+            engines[1].target.load_state_dict(weights)
+            assert engines[1].guide is not None
+            engines[1].guide.load_state_dict(its)
+            engines[1].optimizer.load_state_dict(momenta)
+            captured = CapturedSteps(engines[1], SIZE)
+        batch = batch_of(recipe, number, device)
+        engines[0].step(batch)
+        captured(batch)
+    assert captured.recorded is not None
+    assert same(*engines)
+
+
+def test_a_resnet18_pair_trains_in_bf16_within_2_gib_and_a_half(device: torch.device) -> None:
     recipe = RECIPES["dynat_inner"]
     target, guide = (
         build("resnet", 10, 3, strides=[1, 1, 2, 2]).to(device).to(memory_format=torch.channels_last)
@@ -130,7 +163,7 @@ def test_a_resnet18_pair_trains_in_bf16_within_6_gib(device: torch.device) -> No
     images = torch.rand(128, 3, 32, 32, device=device)
     truth = torch.randint(10, (128,), device=device)
     engine.step(Batch(images, truth, torch.randn_like(images), None))
-    assert torch.cuda.max_memory_allocated() < 6 * 2**30
+    assert torch.cuda.max_memory_allocated() < 2.5 * 2**30
 
 
 # --------------------------------------------------------------------------------- evaluation

@@ -107,7 +107,8 @@ def test_the_same_weights_from_elsewhere_get_the_same_verdicts_and_an_audited_ro
         assert re.search(rf"^\| rslad-{name} ", chosen, re.MULTILINE)
         assert re.search(rf"^\S+ learned from weights trained elsewhere: {origin} *$", table, re.MULTILINE)
     assert "other code" not in chosen
-    assert "theirs" not in last
+    assert re.search(r"^\| theirs ", last, re.MULTILINE) is None
+    assert re.search(r"^\| rslad-theirs ", last, re.MULTILINE)
     commit(repository, "theirs")
     assert audit(["--all"]) == 0
     for name in entries:
