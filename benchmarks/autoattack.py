@@ -1,4 +1,4 @@
-"""AutoAttack: plain ``pyautoattack`` in fp32 against this project's path, in one process, alternating.
+"""AutoAttack: plain ``pyautoattack`` against this project's path, in one process, alternating.
 
 Both attack the same images with the same weights and seed, in the same chunks (the package draws its random
 numbers for a chunk), on as many cores: --threads of torch, which the project divides among its --workers.

@@ -75,6 +75,7 @@ class Side:
     precision: Precision
     step: Step
     published: bool = False
+    kernels: float = 0.0  # seconds of the device's kernels in a step, by the profiler; CPU: 0
     peak: int = 0  # bytes of the device's memory, beyond those in use before it was made
     seconds: list[float] = field(default_factory=list)  # of a step, until the device has done it
     host: list[float] = field(default_factory=list)  # until this process had handed it over
@@ -86,6 +87,8 @@ def compare(arguments: argparse.Namespace, device: torch.device) -> None:
     recipe = load().recipes[method]
     if method not in STEPS:
         sys.exit(f"error: --method {method} has no transcription: choose one of {', '.join(STEPS)}")
+    if recipe.inner.mode == "train" and (odd := {"compiled", "graph"}.intersection(arguments.engines)):
+        sys.exit(f"error: --engines {min(odd)}: {method} attacks in train mode, where nothing is compiled")
     target, guide, shape = networks(arguments.network, recipe, device)
     timed, data = Stopwatch(device, arguments.clock), batches(recipe, shape, size, 2, device)
     sides: list[Side] = []
@@ -98,6 +101,8 @@ def compare(arguments: argparse.Namespace, device: torch.device) -> None:
             for number in range(WARM_UP + 2):
                 side.step(data[number % 2])
         side.peak = timed.memory(peak=True) - before
+        with as_it_runs(side):
+            side.kernels = timed.kernels(side.step, data[0])
         sides.append(side)
 
     published_in: Precision = machine.precision_of("auto", device)
@@ -140,7 +145,9 @@ def report(sides: list[Side], flops: int, size: int, peak: dict[Precision, float
     """A line for each side: its rate, the ratio to the first with its spread, where the time goes."""
     print(f"model {flops / size / 1e9:.3g} GFLOP/image; peak of a matrix product, TFLOP/s: ", end="")
     print(", ".join(f"{name} {value / 1e12:.3g}" for name, value in sorted(peak.items())))
-    print("side           precision  images/s  ratio (of rounds)      ms/step  host ms  of peak  peak GiB")
+    print(
+        "side           precision  images/s  ratio (of rounds)      ms/step  host ms  kernels  of peak  GiB"
+    )
     for side in sides:
         pairs = zip(sides[0].seconds, side.seconds, strict=True)
         ratios = sorted(first / own for first, own in pairs)
@@ -148,7 +155,8 @@ def report(sides: list[Side], flops: int, size: int, peak: dict[Precision, float
         spread = f"{statistics.median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(
             f"{side.name:14} {side.precision:9} {size / seconds:9.1f}  {spread:21} {1e3 * seconds:8.2f} "
-            f"{1e3 * host:8.2f}  {flops / seconds / peak[side.precision]:6.1%}  {side.peak / 2**30:8.2f}",
+            f"{1e3 * host:8.2f} {1e3 * side.kernels:8.2f}  {flops / seconds / peak[side.precision]:7.1%} "
+            f"{side.peak / 2**30:5.2f}",
             flush=True,
         )
 
@@ -307,6 +315,15 @@ class Stopwatch:
         host = self.clock() - start
         self._synchronise()
         return host / count, (self.clock() - start) / count
+
+    def kernels(self, step: Callable[..., object], *arguments: object) -> float:
+        """Seconds that the device computes in ``step(*arguments)``, gaps left out; CPU: 0."""
+        if self.device.type != "cuda":
+            return 0.0
+        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
+            step(*arguments)
+            self._synchronise()
+        return sum(each.self_device_time_total for each in found.key_averages()) / 1e6
 
     def memory(self, peak: bool = False) -> int:
         """Bytes of the device's memory in use, or their ``peak`` since the last call without it; CPU: 0."""
