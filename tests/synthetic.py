@@ -29,7 +29,7 @@ def params(
         "data": {"source": "digits", "classes": 10, "test": 100},
         "target": {"name": "cnn"},
         "guide": {"name": "cnn"},
-        "attack": {"epsilon": "8/255", "step": "2/255", "pgd": [10, 20]},
+        "attack": {"epsilon": "8/255", "step": "2/255", "pgd": [10, 20, 50, 100]},
         "autoattack": {"epsilon": "8/255", "n": [10]},
     }
     return parse(

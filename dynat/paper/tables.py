@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 import pandas as pd
 
-from dynat.config.params import Params
+from dynat.config.params import Params, Study
 from dynat.paper.cells import AVERAGED, EMA, LAST, NAMES, Measured, family, name
 from dynat.paper.measurements import ELSEWHERE, TRAIN, Results
 from dynat.paper.pairs import OVERFITTING, Compared, Judged, compare
@@ -78,13 +78,21 @@ class Table:
         return {note: LETTERS[i % len(LETTERS)] * (1 + i // len(LETTERS)) for i, note in enumerate(notes)}
 
 
+def columns(study: Study) -> list[str]:
+    """Those of :data:`COLUMNS` that ``study`` asks for."""
+    asked = {f"pgd{steps}" for steps in study.attack.pgd}
+    return [column for column in COLUMNS if column in asked or not column.startswith("pgd")]
+
+
 def setting_tables(
     setting: str, params: Params, results: Results, cells: pd.DataFrame, compared: Compared
 ) -> list[Table]:
     """The table of the selected checkpoints and that of the last epochs; rows not run stay, empty."""
     ours = cells[cells["row"] == setting]
     usual = common(ours)
-    best = sorted({*COLUMNS, *ours.loc[ours["checkpoint"] == "best", "column"]}, key=_rank)
+    best = sorted(
+        {*columns(params.study[setting]), *ours.loc[ours["checkpoint"] == "best", "column"]}, key=_rank
+    )
     found = ours.to_dict("records")
     items = {(cell["method"], cell["column"]): _item(cell, usual, params.seeds) for cell in found}
     for key in _like_the_best(setting, found, compared):

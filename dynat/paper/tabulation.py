@@ -15,7 +15,7 @@ from dynat.paper.claims import Decision, claim_tables, decisions
 from dynat.paper.matrices import SUMMARY, pair_tables
 from dynat.paper.measurements import CURVES, RUN, Results, read_results
 from dynat.paper.pairs import FIELDS, Compared, compared
-from dynat.paper.tables import COLUMNS, HERE, Table, markdown, paper_table, setting_tables
+from dynat.paper.tables import HERE, Table, columns, markdown, paper_table, setting_tables
 
 NUMBER = [*NUMBERS, "epsilon", "attack_seed", "caveats"]
 SETTING = ["method", "checkpoint", "attack", "seed", *NUMBER, "cell"]
@@ -99,7 +99,7 @@ def setting_rows(setting: str, found: Tabulation) -> pd.DataFrame:
     """A row per method, checkpoint, attack and seed ("mean" after several); no accuracy if not run."""
     ours, names = found.cells[found.cells["table"] == setting], ["method", "checkpoint", "attack"]
     methods = found.params.methods(setting)
-    wanted = pd.DataFrame(product(methods, ["best"], COLUMNS), columns=names)
+    wanted = pd.DataFrame(product(methods, ["best"], columns(found.params.study[setting])), columns=names)
     rows = pd.concat([wanted, ours[names]]).drop_duplicates().merge(ours, how="left")
     return rows.sort_values("method", key=lambda column: column.map(methods.index), kind="stable")
 

@@ -67,6 +67,22 @@ def test_a_row_not_run_stays_empty_in_its_place(tmp_path: Path) -> None:
     assert not any(row["accuracy"] or row["cell"] for row in empty)
 
 
+def test_a_pgd_that_the_study_does_not_ask_for_has_no_column_unless_it_was_run(tmp_path: Path) -> None:
+    fewer = params(["pgd_at"], [])
+    study = fewer.study["toy"]
+    short = study.model_copy(update={"attack": study.attack.model_copy(update={"pgd": [20]})})
+    fewer = fewer.model_copy(update={"study": {"toy": short}})
+    none = files(fewer, tmp_path)
+    assert re.findall(r"PGD-\d+(?= +\|)", none["metrics/tables/toy.md"]) == ["PGD-20"]
+    attacks = {row["attack"] for row in records(none["metrics/tables/toy.csv"])}
+    assert {each for each in attacks if each.startswith("pgd")} == {"pgd20"}
+    write(tmp_path, "pgd_at", COUNTS)
+    head = next(
+        line for line in files(fewer, tmp_path)["metrics/tables/toy.md"].splitlines() if "Method" in line
+    )
+    assert re.findall(r"PGD-\d+", head) == ["PGD-10", "PGD-20", "PGD-50", "PGD-100"]
+
+
 def test_autoattack_on_more_samples_gets_a_column_of_its_own(tmp_path: Path) -> None:
     write(tmp_path, "pgd_at", COUNTS, aa={40: 27, 80: 50})
     text = files(params(["pgd_at"], []), tmp_path)["metrics/tables/toy.md"]
