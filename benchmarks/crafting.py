@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.autoattack import NETWORKS
-from benchmarks.train_step import Stopwatch, listed
+from benchmarks.train_step import PRECISIONS, Stopwatch, listed
 from dynat.config.params import Machine
 from dynat.config.recipe import Precision
 from dynat.networks.architectures import build
@@ -82,7 +82,12 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--threads", type=int, help="of the CPU; default: all")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
-    return parser.parse_args()
+    arguments = parser.parse_args()
+    if unknown := {*arguments.precisions} - {*PRECISIONS}:
+        parser.error(f"--precisions {min(unknown)}: choose of {', '.join(PRECISIONS)}")
+    if odd := [each for each in arguments.batches if not each.isdecimal() or int(each) < 1]:
+        parser.error(f"--batches {odd[0]}: must be numbers of images, with commas between them")
+    return arguments
 
 
 if __name__ == "__main__":

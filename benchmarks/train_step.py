@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import DeviceType
 
 from benchmarks.published import STEPS, Published
 from dynat.config.params import Machine, load
@@ -51,6 +52,7 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]]
 }
 CLASSES = 10
 # eager-graph: the graph of the eager step; graph: that of the step whose folded copy is compiled
+PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 ENGINES = ("eager", "compiled", "eager-graph", "graph")
 Step = Callable[[Batch], object]
 
@@ -146,7 +148,7 @@ def report(sides: list[Side], flops: int, size: int, peak: dict[Precision, float
     print(f"model {flops / size / 1e9:.3g} GFLOP/image; peak of a matrix product, TFLOP/s: ", end="")
     print(", ".join(f"{name} {value / 1e12:.3g}" for name, value in sorted(peak.items())))
     print(
-        "side           precision  images/s  ratio (of rounds)      ms/step  host ms  kernels  of peak  GiB"
+        "side           precision  images/s  ratio (of rounds)      ms/step  host ms  kernel ms  of peak  GiB"
     )
     for side in sides:
         pairs = zip(sides[0].seconds, side.seconds, strict=True)
@@ -155,7 +157,7 @@ def report(sides: list[Side], flops: int, size: int, peak: dict[Precision, float
         spread = f"{statistics.median(ratios):5.2f} ({ratios[0]:.2f} to {ratios[-1]:.2f})"
         print(
             f"{side.name:14} {side.precision:9} {size / seconds:9.1f}  {spread:21} {1e3 * seconds:8.2f} "
-            f"{1e3 * host:8.2f} {1e3 * side.kernels:8.2f}  {flops / seconds / peak[side.precision]:7.1%} "
+            f"{1e3 * host:8.2f} {1e3 * side.kernels:10.2f}  {flops / seconds / peak[side.precision]:7.1%} "
             f"{side.peak / 2**30:5.2f}",
             flush=True,
         )
@@ -323,7 +325,8 @@ class Stopwatch:
         with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
             step(*arguments)
             self._synchronise()
-        return sum(each.self_device_time_total for each in found.key_averages()) / 1e6
+        kernels = [each for each in found.key_averages() if each.device_type == DeviceType.CUDA]
+        return sum(each.self_device_time_total for each in kernels) / 1e6
 
     def memory(self, peak: bool = False) -> int:
         """Bytes of the device's memory in use, or their ``peak`` since the last call without it; CPU: 0."""
@@ -376,7 +379,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="see Stopwatch")
     parser.add_argument("--costs", action="store_true", help="every recipe relative to pgd_at instead")
     arguments = parser.parse_args()
-    for name, known in (("precisions", ("auto", "fp32", "tf32", "bf16")), ("engines", ENGINES)):
+    for name, known in (("precisions", PRECISIONS), ("engines", ENGINES)):
         if unknown := set(getattr(arguments, name)).difference(known):
             parser.error(f"--{name} {', '.join(sorted(unknown))}: choose of {', '.join(known)}")
     return arguments

@@ -3,6 +3,7 @@
 Needs neither dvc nor mlflow nor pandas, and no conftest: ``pytest --noconftest tests/test_cuda.py``.
 """
 
+import io
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -61,7 +62,7 @@ def engine_of(recipe: Recipe, where: torch.device, precision: str = "fp32", comp
     torch.backends.cudnn.allow_tf32 = precision == "tf32"
     products = torch.bfloat16 if precision == "bf16" else torch.float32
     engine = Engine(recipe, target, guide if recipe.needs_guide else None, products, True, compiled)
-    engine.set_epoch(recipe.schedule.epochs - 1)  # past every burn-in
+    engine.set_epoch(recipe.schedule.epochs - 1, 0.5)  # past every burn-in, and no rate is 0
     return engine
 
 
@@ -76,7 +77,8 @@ def momenta(engine: Engine) -> Tensor:
 
 
 def same(one: Engine, other: Engine) -> bool:
-    return all(torch.equal(a, b) for a, b in zip(state(one), state(other), strict=True))
+    equal = all(torch.equal(a, b) for a, b in zip(state(one), state(other), strict=True))
+    return equal and torch.equal(momenta(one), momenta(other))
 
 
 @pytest.mark.parametrize("precision", PRECISIONS)
@@ -97,7 +99,7 @@ def test_a_recipe_gives_the_same_bits_twice_and_as_a_graph(
         assert len({tuple(float(value) for value in each) for each in losses}) == 1
         if small:
             for engine in engines:
-                engine.set_epoch(recipe.schedule.epochs - 1)
+                engine.set_epoch(recipe.schedule.epochs - 1, 0.5)
     assert captured.recorded is not None
     assert same(engines[0], engines[1])
     assert same(engines[0], engines[2])
@@ -133,23 +135,24 @@ def test_the_compiled_copy_trains_as_a_graph_too(device: torch.device) -> None:
 
 def test_a_stopped_training_goes_on_as_a_graph_to_the_bits_of_eager_steps(device: torch.device) -> None:
     recipe = RECIPES["dynat_awp"]
-    engines = [engine_of(recipe, device) for _ in range(2)]
-    for number in range(2 * (WARM_UP + 2)):
-        if number in (0, WARM_UP + 2):  # it goes on in the middle of an epoch, with new engine and graph
-            weights, momenta = engines[1].target.state_dict(), engines[1].optimizer.state_dict()
-            guide = engines[1].guide
-            assert guide is not None
-            engines[1], its = engine_of(recipe, device), guide.state_dict()
-            engines[1].target.load_state_dict(weights)
-            assert engines[1].guide is not None
-            engines[1].guide.load_state_dict(its)
-            engines[1].optimizer.load_state_dict(momenta)
-            captured = CapturedSteps(engines[1], SIZE)
-        batch = batch_of(recipe, number, device)
-        engines[0].step(batch)
-        captured(batch)
-    assert captured.recorded is not None
-    assert same(*engines)
+    eager, stopped = (engine_of(recipe, device) for _ in range(2))
+    for part in range(2):
+        file = io.BytesIO()  # by way of the CPU, as the state of a training
+        states = {name: network.state_dict() for name, network in stopped.networks.items()}
+        torch.save([states, stopped.optimizer.state_dict()], file)
+        file.seek(0)
+        states, optimizer = torch.load(file, map_location="cpu", weights_only=True)
+        stopped = engine_of(recipe, device)
+        for name, network in stopped.networks.items():
+            network.load_state_dict(states[name])
+        stopped.optimizer.load_state_dict(optimizer)
+        captured = CapturedSteps(stopped, SIZE)
+        for number in range(WARM_UP + 2):
+            batch = batch_of(recipe, 10 * part + number, device)
+            eager.step(batch)
+            captured(batch)
+        assert captured.recorded is not None
+        assert same(eager, stopped)
 
 
 def test_a_resnet18_pair_trains_in_bf16_within_2_gib_and_a_half(device: torch.device) -> None:

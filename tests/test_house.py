@@ -16,14 +16,14 @@ LINES = {  # of *.py at most; a number here goes up only with what a user gets f
     "dynat/audit": 1265,
     "dynat/fleet": 1540,
     "dynat/accept": 555,
-    "dynat/publish": 725,
-    "dynat/paper": 1765,
+    "dynat/publish": 740,
+    "dynat/paper": 1770,
     "dynat/evaluation": 1035,
     "dynat/methods": 1445,
     "dynat/networks": 790,
     "dynat/data": 660,
     "dynat/runtime": 1415,
-    "dynat/config": 990,
+    "dynat/config": 1000,
     "dynat/cost.py": 195,
     "dynat/errors.py": 10,
 }
@@ -63,8 +63,8 @@ def test_a_room_keeps_to_its_lines(room: str) -> None:
 def test_all_rooms_together_keep_to_theirs() -> None:
     sizes = {path: lines(path) for path in modules("dynat", "stages")}
     core = ("config", "data", "networks", "methods", "evaluation")
-    assert sum(sizes.values()) <= 12680
-    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4905
+    assert sum(sizes.values()) <= 12710
+    assert sum(size for path, size in sizes.items() if path.relative_to(ROOT).parts[1] in core) <= 4930
 
 
 def test_no_module_is_longer_than_330_lines_and_no_function_than_50() -> None:

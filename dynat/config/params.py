@@ -135,9 +135,11 @@ class Params(Section):
 
     @model_validator(mode="after")
     def _every_setting_runs_every_recipe(self) -> "Params":
+        for key, names in (("recipes", self.recipes.keys()), ("checkpoint", self.checkpoint.keys())):
+            if GUIDE in names:
+                reason = "is what frozen guides are named by; choose another name"
+                raise KeyedError(f"{key}.{GUIDE}", reason)
         for name, recipe in self.recipes.items():
-            if name == GUIDE:
-                raise KeyedError(f"recipes.{name}", "is what frozen guides are named by; choose another name")
             for setting in recipe.per_study:
                 check_known(f"recipes.{name}.per_study", setting, self.study)
             for setting in self.study:
@@ -157,7 +159,7 @@ class Params(Section):
             ("variants", [*self.baselines, *self.variants], self.recipes),
             ("distilled", self.distilled, self.recipes),
             ("guides", self.guides, self.recipes),
-            ("guide_checkpoints", self.guide_checkpoints, self.checkpoints),
+            ("guide_checkpoints", self.guide_checkpoints, self.checkpoint),
         ):
             for name in selected:
                 check_known(key, name, known)
@@ -173,19 +175,31 @@ class Params(Section):
                 raise KeyedError("settings", reason)
         if same := min({*self.checkpoint} & {*self.recipes}, default=None):
             raise KeyedError(f"checkpoint.{same}", "is the name of a recipe too; choose another one")
-        for name in self.guide_checkpoints if self.distilled else ():
-            if self.settings != [setting := self.checkpoints[name]]:
-                reason = f"must be [{setting}] alone, where {name!r} of guide_checkpoints is imported"
-                raise KeyedError("settings", reason)
+        self._check_guide_checkpoints()
         if self.distilled and not (self.guides or self.guide_checkpoints):
             reason = "name the recipe whose target guides those of distilled, such as -S 'guides=[trades]'"
-            raise KeyedError("guides", reason)
+            raise KeyedError("guides", f"{reason}, or weights in guide_checkpoints")
         if not self.trained and not self.checkpoints:
             raise KeyedError("baselines", "must name a method, since variants and checkpoints are empty too")
         for key in ("baselines", "variants", "distilled", "guides"):
             for name, setting in product(getattr(self, key), self.settings):
                 self._check_guide(key, name, self.recipe(setting, name))
         return self
+
+    def _check_guide_checkpoints(self) -> None:
+        """Raise :class:`KeyedError` unless all of them are imported in the one setting that is selected."""
+        for name in self.guide_checkpoints:
+            if name not in self.checkpoints:
+                reason = f"must import {name!r} of guide_checkpoints: -S '+checkpoints.{name}=<setting>'"
+                raise KeyedError("checkpoints", reason)
+            setting = self.checkpoints[name]
+            for other, its in self.checkpoints.items():
+                if its != setting:
+                    reason = f"is not {setting}, as {name!r} of guide_checkpoints; leave one of them out"
+                    raise KeyedError(f"checkpoints.{other}", reason)
+            if self.distilled and self.settings != [setting]:
+                reason = f"must be [{setting}] alone, where {name!r} of guide_checkpoints is imported"
+                raise KeyedError("settings", reason)
 
     def _check_guide(self, key: str, name: str, recipe: Recipe) -> None:
         """Raise :class:`KeyedError` for a recipe in a list of methods that have another kind of guide."""

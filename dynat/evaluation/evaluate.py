@@ -96,7 +96,9 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
     Returns the exit status. Finished chunks are used again with the same code, data and weights only.
     """
     device = machine.device_of(run.study.machine, f"study.{run.setting}.machine")
-    networks = trained_networks(run, kind, device)
+    batch = f"study.{run.setting}.{kind}.batch"
+    with memory_for(batch):
+        networks = trained_networks(run, kind, device)
     key = digest(
         {
             kind: spec.model_dump_json(exclude={"n", "runs", "workers"}),  # chunks are good for any of them
@@ -108,7 +110,6 @@ def run_evaluation(run: Run, kind: str, spec: Spec, record: RunRecord, evaluate:
         }
     )
     distributed.join(device)
-    batch = f"study.{run.setting}.{kind}.batch"
     with memory_for(batch), ResumeStore(key) as store, graceful_stop() as stop_requested:
         flag = store.folder / "stop"  # makes the other processes leave with the one that was asked to
         if distributed.rank() == 0:

@@ -2,7 +2,8 @@
 
 From the checklist of Carlini et al. 2019 ("On Evaluating Adversarial Robustness", section 5): attacks that
 see more must not find less. A model whose gradients are masked fails several of them. All attacks are those
-of the evaluation, in its precision and eval mode; what it has already found is taken from it.
+of the evaluation in eval mode, PGD in its precision and the others in float32; what it has already found is
+taken from it.
 """
 
 from collections.abc import Callable, Mapping

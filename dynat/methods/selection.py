@@ -33,4 +33,4 @@ def refuse_setting(params: Params, setting: str) -> None:
         device = "cuda" if study.machine.device != "cpu" and torch.cuda.is_available() else "cpu"
         if is_compiled(study, recipe, device):
             machine.compiler(f"{section}.train.engine", torch.device(device))
-        refuse_training(study, recipe, section, known, processes)
+        refuse_training(params, setting, method, known, processes)

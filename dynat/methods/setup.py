@@ -11,7 +11,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from dynat.config.params import Extent, Network, Study
+from dynat.config.network import Network
+from dynat.config.params import GUIDE, Extent, Params, Study
 from dynat.config.recipe import Recipe
 from dynat.data.splits import load
 from dynat.errors import UserError
@@ -27,11 +28,14 @@ from dynat.runtime.stage import Run
 BYTES = 3 * 4  # of a parameter while it is trained: itself, its gradient, its momentum
 
 
-def refuse_training(study: Study, recipe: Recipe, section: str, known: Extent | None, processes: int) -> None:
-    """Raise :class:`UserError`, naming a key of ``section``, for a training that cannot be.
+def refuse_training(params: Params, setting: str, method: str, known: Extent | None, processes: int) -> None:
+    """Raise :class:`UserError`, naming a key of the study, for a training that cannot be.
 
-    ``known`` is the data, as far as it is known; each of ``processes`` takes its slice of a batch.
+    ``known`` is the data, as far as it is known; each of ``processes`` takes its slice of a batch. A frozen
+    guide was refused when it was trained, or when it was imported.
     """
+    study, recipe = params.study_of(setting, method), params.recipe(setting, method)
+    section = f"study.{setting}"
     train, fewest = study.train, 2
     if known is not None:
         channels, side = known.shape[0], min(known.shape[1:])
@@ -49,7 +53,7 @@ def refuse_training(study: Study, recipe: Recipe, section: str, known: Extent | 
             raise UserError(f"{section}.train.mean: must have {channels} numbers, one per channel")
     shape, needed = known.shape if known else (len(train.mean or "RGB"), 32, 32), 0
     for name, spec in _networks(study, recipe).items():
-        key = f"{section}.{name}"
+        key = f"{section}.{'guide' if method.startswith(GUIDE) else name}"
         with torch.device("meta"):
             try:
                 network, _ = _network(study, recipe, spec, shape[0])
@@ -80,12 +84,10 @@ def set_up(run: Run) -> tuple[Training, dict[str, str], str]:
     data = load(source, device)
     channels, height, width = data.train_images.shape[1:]
     known = Extent((channels, height, width), len(data.train_images), len(data.test_images))
-    refuse_training(study, recipe, f"study.{run.setting}", known, distributed.size())
+    refuse_training(run.params, run.setting, run.method, known, distributed.size())
     torch.manual_seed(run.seed)
     networks, metadata = {}, {}
     for name, spec in _networks(study, recipe).items():
-        if name == "guide" and recipe.frozen_guide:
-            continue
         networks[name], metadata[name] = _network(study, recipe, spec, channels)
         networks[name].to(device).to(memory_format=torch.channels_last)
     frozen = _frozen_guide(run)
@@ -152,7 +154,8 @@ def is_compiled(study: Study, recipe: Recipe, device_type: str) -> bool:
 
 
 def _networks(study: Study, recipe: Recipe) -> dict[str, Network]:
-    return {"target": study.target} | ({"guide": study.guide} if recipe.needs_guide else {})
+    """Those that are trained."""
+    return {"target": study.target} | ({"guide": study.guide} if recipe.trains_guide else {})
 
 
 def _network(study: Study, recipe: Recipe, spec: Network, channels: int) -> tuple[nn.Module, str]:

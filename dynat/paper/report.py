@@ -22,7 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from dynat.errors import UserError
 from dynat.paper.cells import name
-from dynat.paper.measurements import CAVEATS
+from dynat.paper.measurements import CAVEATS, ELSEWHERE
 from dynat.paper.published import TITLES
 from dynat.paper.tabulation import SUMMARY, Tabulation
 
@@ -93,7 +93,7 @@ def slug(key: str) -> str:
 
 
 def _figures(found: Tabulation, setting: str, root: Path) -> dict[str, Any]:
-    """The figures of a setting as SVG, empty where nothing was run, and the images of one method."""
+    """The figures of a setting as SVG, empty where nothing was run, their caveats, images of one method."""
     from dynat.paper import figures  # matplotlib, of which the audit needs nothing
 
     family = found.params.variants
@@ -107,9 +107,10 @@ def _figures(found: Tabulation, setting: str, root: Path) -> dict[str, Any]:
     hybrids = means[[method for method in clean.index if method in HYBRIDS]].dropna()
     first = sorted((*family, *others), key=lambda method: method != "dynat")
     images = ((method, perturbed(root, setting, f"{method}/{found.params.seeds[0]}")) for method in first)
-    noted = results.measurements.loc[results.measurements["setting"] == setting, ["method", "caveats"]]
-    noted = noted.explode("caveats").drop_duplicates()
-    noted = noted[noted["caveats"].isin({*CAVEATS.values()})]
+    drawn = results.measurements[results.measurements["setting"] == setting]
+    drawn = drawn[(drawn["kind"] == "attack") | bool(hybrids.shape[1] > 1)]
+    noted = drawn[["method", "caveats"]].explode("caveats").drop_duplicates()
+    noted = noted[noted["caveats"].str.contains(ELSEWHERE) | noted["caveats"].isin(CAVEATS.values())]
     return {
         "marks": noted.groupby("caveats", sort=False)["method"].agg(", ".join).to_dict(),
         "rivals": rivals and figures.training(f"training-{setting}", histories, ["dynat", rivals[0]]),

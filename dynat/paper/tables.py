@@ -80,8 +80,10 @@ class Table:
 
 def columns(study: Study) -> list[str]:
     """Those of :data:`COLUMNS` that ``study`` asks for."""
-    asked = {f"pgd{steps}" for steps in study.attack.pgd}
-    return [column for column in COLUMNS if column in asked or not column.startswith("pgd")]
+    left_out = {column for column in COLUMNS if column.startswith("pgd")}
+    left_out -= {f"pgd{steps}" for steps in study.attack.pgd}
+    left_out |= {"all"} if left_out & {*AVERAGED} else set()
+    return [column for column in COLUMNS if column not in left_out]
 
 
 def setting_tables(

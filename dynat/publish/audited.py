@@ -120,6 +120,17 @@ class Release:
         return found
 
     @property
+    def guide(self) -> dict[str, str] | None:
+        """The run of the frozen guide that the weights learned from, and who trained that."""
+        setting, method, seed = self.name.split("/")
+        found = self.params.guide_run(method, int(seed))
+        if found is None:
+            return None
+        given = self.params.checkpoint.get(found[0])
+        origin = given.origin if given else "trained here"
+        return {"run": f"{setting}/{found[0]}/{found[1]}", "origin": origin}
+
+    @property
     def summary(self) -> str:
         """A line on the audit."""
         unknown = {link for links in self.found.values() for link in links if link.state == "absent"}
@@ -149,7 +160,7 @@ def audited(root: Path, name: str) -> Release:
 
 
 def write_lineage(release: Release, folder: Path) -> None:
-    """Write ``lineage.json``: the weights' hash, and what the audit found of every number."""
+    """Write ``lineage.json``: the weights' hash, their guide, what the audit found of every number."""
     metadata = load_weights(release.weights)[1]
     write_json(
         folder / "lineage.json",
@@ -161,6 +172,7 @@ def write_lineage(release: Release, folder: Path) -> None:
                 "epoch": int(metadata["epoch"]) if "epoch" in metadata else None,
                 "origin": metadata.get("origin", "trained here"),
             },
+            "guide": release.guide,
             "mlflow_run_id": release.record().get("mlflow_run_id"),
             "audit": as_data(release.cells, release.found),
         },

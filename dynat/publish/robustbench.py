@@ -119,6 +119,8 @@ def model_info(release: Release, architecture: str) -> dict[str, Any]:
     for what, each in (("Clean accuracy", clean), ("AutoAttack", attacked)):
         if each.measured.n < WHOLE:
             notes.append(f"{what} on the first {each.measured.n:,} test images.")
+    if release.guide and release.guide["origin"] != "trained here":
+        notes.append(f"Learned from weights trained elsewhere: {release.guide['origin']}.")
     if release.study.data.source == "image_folder":
         notes.append("Test images from a folder, not from the official archive.")
     info: dict[str, Any] = {

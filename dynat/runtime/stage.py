@@ -78,11 +78,11 @@ def memory_for(key: str) -> Iterator[None]:
     try:
         yield
     except RuntimeError as error:
-        if type(error).__name__ != "OutOfMemoryError" and "DefaultCPUAllocator" not in str(error):
+        if not re.search("out of memory|ALLOC_FAILED|DefaultCPUAllocator", str(error), re.IGNORECASE):
             raise
         asked = re.search(r"tried to allocate [\d.]+ \w+", str(error), re.IGNORECASE)
         text = asked[0].replace("T", "t", 1) if asked else "no more memory"
-        raise UserError(f"{key}: out of memory, {text}; choose a smaller one") from None
+        raise UserError(f"{key}: out of memory, {text}; choose a smaller one, or another device") from None
 
 
 def run_of_arguments(description: str) -> Run:

@@ -140,6 +140,7 @@ def test_a_checkpoint_in_a_setting_that_is_not_selected_is_refused() -> None:
     )
 
 
+ELSEWHERE = TREE["checkpoint"]["pyautoattack_resnet18"]
 IMPORTED = {  # a method that learns from weights trained elsewhere
     "settings": ["cifar10_tiny"],
     "distilled": ["rslad"],
@@ -158,7 +159,24 @@ IMPORTED = {  # a method that learns from weights trained elsewhere
         ({"distilled": ["rslad"], "guides": ["ard"]}, "guides: 'ard' has a frozen guide itself"),
         ({"distilled": ["rslad"], "guides": ["trade"]}, "guides: unknown 'trade'; did you mean 'trades'?"),
         ({"distilled": ["rslad", "rslad"], "guides": ["trades"]}, "distilled: 'rslad' is selected twice"),
-        ({"distilled": ["rslad"], "guide_checkpoints": ["them"]}, "guide_checkpoints: unknown 'them'"),
+        (
+            {"distilled": ["rslad"], "guide_checkpoints": ["them"]},
+            "guide_checkpoints: unknown 'them'; did you mean pyautoattack_resnet18?",
+        ),
+        (
+            {"guide_checkpoints": ["pyautoattack_resnet18"]},
+            "checkpoints: must import 'pyautoattack_resnet18' of guide_checkpoints: -S '+checkpoints.pyauto",
+        ),
+        (
+            {
+                **IMPORTED,
+                "settings": ["digits", "cifar10_tiny"],
+                "checkpoint": dict.fromkeys(("pyautoattack_resnet18", "other"), ELSEWHERE),
+                "checkpoints": {"pyautoattack_resnet18": "cifar10_tiny", "other": "digits"},
+            },
+            "checkpoints.other: is not cifar10_tiny, as 'pyautoattack_resnet18' of guide_checkpoints; leave",
+        ),
+        ({"checkpoint": {"guide": ELSEWHERE}}, "checkpoint.guide: is what frozen guides are named by"),
         (
             {**IMPORTED, "settings": ["digits", "cifar10_tiny"]},
             "settings: must be [cifar10_tiny] alone, where 'pyautoattack_resnet18' of guide_checkpoints is",

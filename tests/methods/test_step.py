@@ -158,15 +158,23 @@ def test_in_epochs_of_equal_constants_a_step_is_the_same_to_the_bit(name: str) -
 # --------------------------------------------------------------------- what a step does not do
 
 
-def little(name: str, precision: torch.dtype = torch.float32, fold: bool = True) -> tuple[Any, Batch]:
-    """A recipe's engine past every burn-in, with one inner step at most, and a batch."""
+SMALL: dict[str, dict[str, Any]] = {
+    "cnn": {"depth": 1},
+    "resnet": {"blocks": [1, 1], "strides": [1, 2]},
+}
+
+
+def little(
+    name: str, precision: torch.dtype = torch.float32, fold: bool = True, steps: int = 1, family: str = "cnn"
+) -> tuple[Any, Batch]:
+    """A recipe's engine past every burn-in, with ``steps`` inner ones at most, and a batch."""
     choice = shipped(name)
-    inner = choice.inner.model_copy(update={"steps": min(1, choice.inner.steps)})
+    inner = choice.inner.model_copy(update={"steps": min(steps, choice.inner.steps)})
     choice = choice.model_copy(update={"inner": inner})
-    target, guide = (build("cnn", 5, 3, width=4, depth=1) for _ in range(2))
+    target, guide = (build(family, 5, 3, width=4, **SMALL[family]) for _ in range(2))
     images, truth = torch.rand(4, 3, 8, 8), torch.zeros(4, dtype=torch.int64)
     stop = choice.inner.stop
-    jitter = torch.randn(1, *images.shape) if stop and stop.noise else None
+    jitter = torch.randn(choice.inner.steps, *images.shape) if stop and stop.noise else None
     engine = Engine(choice, target, guide if choice.needs_guide else None, precision, fold=fold)
     engine.set_epoch(choice.schedule.epochs - 1)
     return engine, Batch(images, truth, torch.rand_like(images), jitter)
@@ -236,7 +244,7 @@ def test_the_compiler_sees_a_step_up_to_its_update_as_one_graph(name: str) -> No
 def test_no_step_reads_a_value_from_the_device(name: str, fold: bool) -> None:
     """Tensors without values: whoever asks for one, as ``.item()`` and ``.nonzero()`` do, fails."""
     with torch.device("meta"):
-        engine, batch = little(name, fold=fold)
+        engine, batch = little(name, fold=fold, steps=2, family="resnet")
     for _ in range(2):
         outcome = engine.step(batch)
     assert outcome.target_loss.shape == ()

@@ -14,6 +14,7 @@ import torch
 from safetensors.torch import load_file, save_file
 from synthetic import params, write
 
+from dynat.config.network import Checkpoint, Network
 from dynat.config.params import DataSpec
 from dynat.data.sources import prepare
 from dynat.data.splits import Splits, load
@@ -217,6 +218,26 @@ def test_model_info_has_the_keys_and_texts_of_the_published_ones(tmp_path: Path)
         False,
         1,
     )
+
+
+def test_weights_that_learned_from_a_guide_name_it_and_say_where_it_is_from(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    given = Checkpoint(file="w.pt", origin="somebody, on more data", network=Network(name="cnn"))
+    selection = params([], ["dynat"]).model_copy(update={"checkpoint": {"them": given}})
+    guides = {
+        method: Release(tmp_path, f"toy/{method}/3", selection, {}, {}).guide
+        for method in ("dynat", "rslad-dynat", "rslad-them")
+    }
+    assert guides == {
+        "dynat": None,
+        "rslad-dynat": {"run": "toy/guide-dynat/3", "origin": "trained here"},
+        "rslad-them": {"run": "toy/them/0", "origin": "somebody, on more data"},
+    }
+    assert "Learned" not in info(tmp_path)["footnote"]
+    monkeypatch.setattr(Release, "guide", guides["rslad-them"])
+    text = "Learned from weights trained elsewhere: somebody, on more data."
+    assert text in info(tmp_path)["footnote"].split("<br>")
 
 
 def test_the_radius_0_031_has_the_published_footnote(tmp_path: Path) -> None:

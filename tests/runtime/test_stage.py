@@ -23,8 +23,19 @@ def test_memory_that_is_not_there_is_one_line_and_any_other_error_itself() -> No
     for take, asked in ((full, "20.00 MiB"), (lambda: torch.empty(2**50), "4503599627370496 bytes")):
         with pytest.raises(UserError) as caught, memory_for("some.batch"):
             take()
-        text = f"some.batch: out of memory, tried to allocate {asked}; choose a smaller one"
+        text = (
+            f"some.batch: out of memory, tried to allocate {asked}; choose a smaller one, or another device"
+        )
         assert str(caught.value) == text
+    for text in (
+        "CUDA error: out of memory",
+        "CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+    ):
+        with (
+            pytest.raises(UserError, match=r"^some\.batch: out of memory, no more memory"),
+            memory_for("some.batch"),
+        ):
+            raise RuntimeError(text)
     with pytest.raises(RuntimeError, match="size of tensor"), memory_for("some.batch"):
         torch.ones(2) + torch.ones(3)
 
