@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from benchmarks.autoattack import NETWORKS
-from benchmarks.train_step import PRECISIONS, Stopwatch, listed
+from benchmarks.timing import PRECISIONS, Stopwatch, listed, refuse_unknown
 from dynat.config.params import Machine
 from dynat.config.recipe import Precision
 from dynat.networks.architectures import build
@@ -83,8 +83,7 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--threads", type=int, help="of the CPU; default: all")
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall")
     arguments = parser.parse_args()
-    if unknown := {*arguments.precisions} - {*PRECISIONS}:
-        parser.error(f"--precisions {min(unknown)}: choose of {', '.join(PRECISIONS)}")
+    refuse_unknown(parser, "precisions", arguments.precisions, PRECISIONS)
     if odd := [each for each in arguments.batches if not each.isdecimal() or int(each) < 1]:
         parser.error(f"--batches {odd[0]}: must be numbers of images, with commas between them")
     return arguments

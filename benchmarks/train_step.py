@@ -17,7 +17,6 @@ import copy
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
@@ -25,9 +24,9 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import DeviceType
 
 from benchmarks.published import STEPS, Published
+from benchmarks.timing import PRECISIONS, Stopwatch, listed, refuse_unknown
 from dynat.config.params import Machine, load
 from dynat.config.recipe import Precision, Recipe
 from dynat.methods.batches import Batch
@@ -52,7 +51,6 @@ NETWORKS: dict[str, tuple[dict[str, Any], dict[str, Any], tuple[int, int, int]]]
 }
 CLASSES = 10
 # eager-graph: the graph of the eager step; graph: that of the step whose folded copy is compiled
-PRECISIONS = ("auto", "fp32", "tf32", "bf16")
 ENGINES = ("eager", "compiled", "eager-graph", "graph")
 Step = Callable[[Batch], object]
 
@@ -293,55 +291,6 @@ def batches(
     return made
 
 
-class Stopwatch:
-    """Seconds of a call: of the wall, the device's queue emptied before and after, or of this processor.
-
-    Processor seconds are for a CPU that others use at the same time; with one thread they are what the
-    wall clock would show on a quiet machine.
-    """
-
-    def __init__(self, device: torch.device, clock: str) -> None:
-        self.device = device
-        self.clock = time.process_time if clock == "cpu" else time.perf_counter
-
-    def __call__(self, step: Callable[..., object], *arguments: object) -> float:
-        """Run ``step(*arguments)`` and return its seconds."""
-        return self.both(step, *arguments)[1]
-
-    def both(self, step: Callable[..., object], *arguments: object, count: int = 1) -> tuple[float, float]:
-        """Seconds of a ``step(*arguments)``: until it was handed over, until it was done; of ``count``."""
-        self._synchronise()
-        start = self.clock()
-        for _ in range(count):
-            step(*arguments)
-        host = self.clock() - start
-        self._synchronise()
-        return host / count, (self.clock() - start) / count
-
-    def kernels(self, step: Callable[..., object], *arguments: object) -> float:
-        """Seconds that the device computes in ``step(*arguments)``, gaps left out; CPU: 0."""
-        if self.device.type != "cuda":
-            return 0.0
-        with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as found:
-            step(*arguments)
-            self._synchronise()
-        kernels = [each for each in found.key_averages() if each.device_type == DeviceType.CUDA]
-        return sum(each.self_device_time_total for each in kernels) / 1e6
-
-    def memory(self, peak: bool = False) -> int:
-        """Bytes of the device's memory in use, or their ``peak`` since the last call without it; CPU: 0."""
-        if self.device.type != "cuda":
-            return 0
-        if peak:
-            return torch.cuda.max_memory_allocated(self.device)
-        torch.cuda.reset_peak_memory_stats(self.device)
-        return torch.cuda.memory_allocated(self.device)
-
-    def _synchronise(self) -> None:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-
-
 def matrix_peak(timed: Stopwatch, device: torch.device, precision: Precision) -> float:
     """FLOP/s of a large square matrix product, the best of ten."""
     size = 8192 if device.type == "cuda" else 2048 if precision == "fp32" else 256  # in software
@@ -379,15 +328,9 @@ def _arguments() -> argparse.Namespace:
     parser.add_argument("--clock", choices=("wall", "cpu"), default="wall", help="see Stopwatch")
     parser.add_argument("--costs", action="store_true", help="every recipe relative to pgd_at instead")
     arguments = parser.parse_args()
-    for name, known in (("precisions", PRECISIONS), ("engines", ENGINES)):
-        if unknown := set(getattr(arguments, name)).difference(known):
-            parser.error(f"--{name} {', '.join(sorted(unknown))}: choose of {', '.join(known)}")
+    refuse_unknown(parser, "precisions", arguments.precisions, PRECISIONS)
+    refuse_unknown(parser, "engines", arguments.engines, ENGINES)
     return arguments
-
-
-def listed(text: str) -> list[str]:
-    """The entries of a list with commas."""
-    return text.split(",")
 
 
 if __name__ == "__main__":
