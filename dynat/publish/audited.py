@@ -21,6 +21,7 @@ from dynat.errors import UserError
 from dynat.evaluation.verdicts import Accuracy, accuracy
 from dynat.networks.weights import load_network, load_weights
 from dynat.paper.measurements import IN_AA, Measurement, read_results
+from dynat.paper.tables import HERE
 from dynat.runtime.files import read_json, sha256, write_json
 
 CPU = torch.device("cpu")
@@ -127,7 +128,7 @@ class Release:
         if found is None:
             return None
         given = self.params.checkpoint.get(found[0])
-        origin = given.origin if given else "trained here"
+        origin = given.origin if given else HERE
         return {"run": f"{setting}/{found[0]}/{found[1]}", "origin": origin}
 
     @property
@@ -170,7 +171,7 @@ def write_lineage(release: Release, folder: Path) -> None:
                 "file": release.weights.relative_to(release.root).as_posix(),
                 "sha256": sha256(release.weights),
                 "epoch": int(metadata["epoch"]) if "epoch" in metadata else None,
-                "origin": metadata.get("origin", "trained here"),
+                "origin": metadata.get("origin", HERE),
             },
             "guide": release.guide,
             "mlflow_run_id": release.record().get("mlflow_run_id"),

@@ -16,6 +16,7 @@ from torch import Tensor
 from dynat.errors import UserError
 from dynat.networks.weights import load_weights
 from dynat.paper.published import values
+from dynat.paper.tables import HERE
 from dynat.publish.audited import Release, Result
 from dynat.publish.papers import paper_of
 from dynat.runtime.files import write_atomically
@@ -119,7 +120,7 @@ def model_info(release: Release, architecture: str) -> dict[str, Any]:
     for what, each in (("Clean accuracy", clean), ("AutoAttack", attacked)):
         if each.measured.n < WHOLE:
             notes.append(f"{what} on the first {each.measured.n:,} test images.")
-    if release.guide and release.guide["origin"] != "trained here":
+    if release.guide and release.guide["origin"] != HERE:
         notes.append(f"Learned from weights trained elsewhere: {release.guide['origin']}.")
     if release.study.data.source == "image_folder":
         notes.append("Test images from a folder, not from the official archive.")
