@@ -143,9 +143,7 @@ def table_rows(path: Path) -> list[dict[str, str]]:
     return [dict(zip(head, row, strict=True)) for row in rows]
 
 
-def test_a_method_distilled_from_a_checkpoint_waits_for_its_import_alone(
-    tmp_path: Path,
-) -> None:
+def test_a_method_distilled_from_a_checkpoint_waits_for_its_import_alone(tmp_path: Path) -> None:
     (tmp_path / "dvc.yaml").write_bytes((ROOT / "dvc.yaml").read_bytes())
     lists = {"settings": ["cifar10_tiny"], "seeds": [0, 1], "distilled": ["rslad"], "variants": []}
     name = "pyautoattack_resnet18"
